@@ -1,0 +1,1 @@
+"""Compose, verify and (later) publish NoteLLM-2 checkpoints."""

@@ -1,0 +1,162 @@
+"""Configuration of NoteLLM-2: every structural choice of the model, and nothing about how it is trained.
+
+A checkpoint describes itself: `from_pretrained` needs no argument beyond the folder, and every ablation of the paper
+(text-only LLM, late fusion only, basic, mICL, both gates) is a setting here, never another class.
+"""
+
+from typing import Any, Literal, get_args
+
+from transformers import AutoConfig, Blip2QFormerConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+Connector = Literal["qformer", "mlp"]
+LateFusion = Literal["scalar", "vector"]
+
+
+class NoteLLM2Config(PreTrainedConfig):
+    """Settings of a [`NoteLLM2Model`].
+
+    Args:
+        text_config: configuration of the decoder LLM (any that `AutoModel` builds), as a config or a dictionary with
+            `model_type`. Default: a Llama configuration.
+        vision_config: configuration of the vision tower, likewise. `None` makes a text-only model.
+        connector: what turns patch tokens into visual tokens of the LLM: `"qformer"` (BLIP-2's Q-Former, randomly
+            initialised, and a two-layer projector), `"mlp"` (patches averaged to `num_visual_tokens`, then a two-layer
+            projector) or `None` (no visual tokens: the image enters through late fusion alone).
+        qformer_config: configuration of the Q-Former. Its `encoder_hidden_size` is always the tower's width. The
+            default is the paper's code: 6 layers of width 768.
+        num_visual_tokens: visual tokens an image is turned into (L_c in the paper).
+        image_token_id: id of `<IMG>`, the placeholder that visual tokens replace.
+        image_embedding_token_id: id of `<IMG_EMB>`, which ends the visual half of the mICL prompt.
+        late_fusion: `"scalar"` (NoteLLM-2, late fusion: an MLP predicts one weight a note), `"vector"` (the paper's
+            code: one weight a dimension) or `None`.
+        late_fusion_initial_weight: weight of the image before training, in (0, 1).
+        late_fusion_normalize: bring both sides of the gate to one norm before they are mixed. An LLM's hidden state and
+            a projected image feature differ by orders of magnitude; `False` is the paper's code.
+        late_fusion_hidden_size: width of the scalar gate's MLP.
+        embedding_dim: width of the note embedding (64 in the paper); `None` keeps the LLM's width and adds no head.
+        initial_temperature: softmax temperature of the contrastive loss before training, > 0. Kept in the model as `logit_scale` =
+            log(1 / temperature), so that it survives saving and resuming.
+        learnable_temperature: whether `logit_scale` trains.
+        freeze_vision_tower: keep the tower's weights and its batch statistics fixed, and build no gradient through it.
+        lora: arguments of `peft.LoraConfig` for the LLM (for instance `{"r": 16, "target_modules": "all-linear"}`);
+            the adapters are part of the model and of its checkpoint. `None`: no adapters.
+        initializer_range: standard deviation of new weights, query tokens included.
+
+    Raises:
+        ValueError: a setting is outside its range, or contradicts another one.
+
+    Example:
+        >>> config = NoteLLM2Config(late_fusion="scalar", late_fusion_initial_weight=0.1)
+        >>> config.text_config.model_type, config.vision_config, config.initial_temperature
+        ('llama', None, 0.05)
+    """
+
+    model_type = "notellm2"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "qformer_config": Blip2QFormerConfig}
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        connector: Connector | None = "qformer",
+        qformer_config: Blip2QFormerConfig | dict[str, Any] | None = None,
+        num_visual_tokens: int = 16,
+        image_token_id: int | None = None,
+        image_embedding_token_id: int | None = None,
+        late_fusion: LateFusion | None = "scalar",
+        late_fusion_initial_weight: float = 0.1,
+        late_fusion_normalize: bool = True,
+        late_fusion_hidden_size: int = 128,
+        embedding_dim: int | None = 64,
+        initial_temperature: float = 0.05,
+        learnable_temperature: bool = True,
+        freeze_vision_tower: bool = True,
+        lora: dict[str, Any] | None = None,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        if connector is not None and connector not in get_args(Connector):
+            raise ValueError(f"connector={connector!r} is unknown: choose one of {get_args(Connector)} or None.")
+        if late_fusion is not None and late_fusion not in get_args(LateFusion):
+            raise ValueError(f"late_fusion={late_fusion!r} is unknown: choose one of {get_args(LateFusion)} or None.")
+        if not 0.0 < late_fusion_initial_weight < 1.0:
+            raise ValueError(
+                f"late_fusion_initial_weight={late_fusion_initial_weight} must lie strictly between 0 and 1; "
+                "set late_fusion=None to leave the image out."
+            )
+        if initial_temperature <= 0.0:
+            raise ValueError(
+                f"initial_temperature={initial_temperature} must be positive (the paper's code starts at 0.05)."
+            )
+        if num_visual_tokens < 1:
+            raise ValueError(
+                f"num_visual_tokens={num_visual_tokens} must be at least 1; set connector=None for no visual tokens."
+            )
+        if embedding_dim is not None and embedding_dim < 1:
+            raise ValueError(f"embedding_dim={embedding_dim} must be at least 1, or None for the LLM's own width.")
+
+        self.text_config = _sub_config(text_config if text_config is not None else {"model_type": "llama"})
+        self.vision_config = None if vision_config is None else _sub_config(vision_config)
+        self.connector = connector
+        self.num_visual_tokens = num_visual_tokens
+        self.image_token_id = image_token_id
+        self.image_embedding_token_id = image_embedding_token_id
+        self.late_fusion = late_fusion
+        self.late_fusion_initial_weight = late_fusion_initial_weight
+        self.late_fusion_normalize = late_fusion_normalize
+        self.late_fusion_hidden_size = late_fusion_hidden_size
+        self.embedding_dim = embedding_dim
+        self.initial_temperature = initial_temperature
+        self.learnable_temperature = learnable_temperature
+        self.freeze_vision_tower = freeze_vision_tower
+        self.lora = lora
+        self.initializer_range = initializer_range
+
+        if isinstance(qformer_config, PreTrainedConfig):
+            qformer_config = qformer_config.to_dict()
+        # vocab_size=0: the Q-Former reads queries and patches, never text.
+        qformer_settings = {"num_hidden_layers": 6, "vocab_size": 0, "pad_token_id": None, **(qformer_config or {})}
+        if self.vision_config is not None:
+            qformer_settings["encoder_hidden_size"] = self.vision_hidden_size
+        self.qformer_config = Blip2QFormerConfig(**qformer_settings)
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the LLM."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def vision_hidden_size(self) -> int:
+        """Width of the tower's patch tokens and pooled vector, by what its configuration says."""
+        config = self.vision_config
+        if config is None:
+            raise ValueError("vision_config=None: a text-only model has no vision width; compose it with a tower.")
+        if getattr(config, "hidden_sizes", None):  # a pyramid of stages (ConvNeXt, ResNet): the last one is read
+            return int(config.hidden_sizes[-1])
+        for name in ("hidden_size", "num_features"):  # `num_features` is timm's name
+            if getattr(config, name, None):
+                return int(getattr(config, name))
+        raise ValueError(
+            f"vision_config of type {config.model_type!r} names none of hidden_sizes, hidden_size, num_features: add the "
+            "width of its last feature map under one of these names."
+        )
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the model can read images."""
+        return self.vision_config is not None
+
+
+def _sub_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if "model_type" not in config:
+        raise ValueError("a backbone's configuration needs `model_type`; pass the dictionary of a saved config.json.")
+    return AutoConfig.for_model(**config)
+
+
+NoteLLM2Config.register_for_auto_class()
+
+__all__ = ["NoteLLM2Config"]

@@ -1,0 +1,78 @@
+"""Late fusion: the frozen visual embedding joins the LLM's representation directly (NoteLLM-2, late fusion).
+
+    v = W_v · pooled                       the frozen tower's vector, linearly projected
+    w = σ(MLP([v; n_v]))   or   σ(W [v; n_v] + b)
+    fused = w · v + (1 − w) · n
+
+The paper describes a scalar w; its code uses one weight a dimension. Without the mICL prompt n_m stands in for n_v.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .configuration_notellm2 import NoteLLM2Config
+
+
+class LateFusion(nn.Module):
+    """The projection of the visual embedding and the gate, shared by n_m and n_v.
+
+    Both sides are brought to one norm first (`late_fusion_normalize`): otherwise the weight says little about how much
+    of the image is in the result. The norm is √d, which keeps the gate's inputs near one.
+    """
+
+    def __init__(self, config: NoteLLM2Config) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.normalize = config.late_fusion_normalize
+        self.initial_bias = math.log(config.late_fusion_initial_weight / (1.0 - config.late_fusion_initial_weight))
+        self.projection = nn.Linear(config.vision_hidden_size, width, bias=False)
+        self.gate: nn.Module
+        if config.late_fusion == "scalar":
+            hidden = config.late_fusion_hidden_size
+            self.gate = nn.Sequential(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        else:
+            self.gate = nn.Linear(2 * width, width)
+        self.reset_gate()
+
+    @torch.no_grad()
+    def reset_gate(self) -> None:
+        """Let the gate start at the initial weight.
+
+        The scalar gate's last layer starts at zero, so every note starts exactly there; the vector gate keeps the
+        paper's Xavier-normal matrix and starts there on average.
+        """
+        if isinstance(self.gate, nn.Sequential):
+            output = self.gate[-1]
+            nn.init.zeros_(output.weight)
+        else:
+            output = self.gate
+            nn.init.xavier_normal_(output.weight)
+        nn.init.constant_(output.bias, self.initial_bias)
+
+    def project(self, pooled_embeds: Tensor) -> Tensor:
+        """(N, d_v) pooled visual embeddings ─► (N, d_llm)."""
+        return self._scale(self.projection(pooled_embeds.to(self.projection.weight.dtype)))
+
+    def weight(self, visual: Tensor, states: Tensor) -> Tensor:
+        """Weight of the image: (N, 1) for the scalar gate, (N, d_llm) for the vector gate, in (0, 1).
+
+        Args:
+            visual: (N, d_llm), from `project`.
+            states: (N, d_llm), n_v, or n_m where the prompt has no `<IMG_EMB>`.
+        """
+        return torch.sigmoid(self.gate(torch.cat([visual, self._scale(states)], dim=-1)))
+
+    def fuse(self, weight: Tensor, visual: Tensor, states: Tensor) -> Tensor:
+        """w · v + (1 − w) · n, (N, d_llm)."""
+        return weight * visual + (1.0 - weight) * self._scale(states)
+
+    def _scale(self, states: Tensor) -> Tensor:
+        if not self.normalize:
+            return states
+        return functional.normalize(states, dim=-1) * math.sqrt(states.shape[-1])
+
+
+__all__ = ["LateFusion"]

@@ -1,0 +1,461 @@
+"""NoteLLM-2 (arXiv 2405.16789): any decoder LLM and any vision tower joined into one note embedding.
+
+    image ─► VisionTower ─┬► connector ─► visual tokens ─┐
+                          │                              ├─► LLM ─┬► n_v, the state just before <IMG_EMB>
+    text ─────────────────┼──────────────────────────────┘        └► n_m, the state of the last token
+                          └► LateFusion: w · v + (1 − w) · n ─► head ─► L2 norm
+
+The model sees tensors only: `NoteLLM2Processor` makes them from notes, and the losses live with the trainer.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, is_peft_available
+
+from .configuration_notellm2 import NoteLLM2Config
+from .connector_notellm2 import QFormerConnector, build_connector
+from .fusion_notellm2 import LateFusion
+from .processing_notellm2 import EncodedNote, NoteLLM2Processor
+from .vision_notellm2 import VisionFeatures, VisionTower
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+MAX_LOGIT_SCALE = math.log(100.0)
+"""Upper bound of `logit_scale`: the temperature never falls below 0.01 (the bound CLIP introduced)."""
+
+
+@dataclass
+class NoteLLM2Output(ModelOutput):
+    """What the model returns for B notes.
+
+    Attributes:
+        note_embeds: (B, D) float32, L2-normalised; the embedding to use.
+        visual_embeds: (B, D) float32, L2-normalised, the embedding of n_v; zero for a note without `<IMG_EMB>`, `None`
+            when no note has one. Used in training only.
+        fusion_weight: weight of the image, (B, 1) for the scalar gate, (B, d_llm) for the vector gate, 0 for a note
+            without image; `None` without late fusion.
+        logit_scale: scalar float32, exp of the learnable scale: 1 / temperature.
+    """
+
+    note_embeds: Tensor | None = None
+    visual_embeds: Tensor | None = None
+    fusion_weight: Tensor | None = None
+    logit_scale: Tensor | None = None
+
+
+class NoteLLM2PreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by NoteLLM-2 models."""
+
+    config_class = NoteLLM2Config
+    base_model_prefix = "notellm2"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NoteLLM2Model):
+            nn.init.normal_(module.image_embedding, std=self.config.initializer_range)
+            nn.init.constant_(module.logit_scale, -math.log(self.config.initial_temperature))
+        elif isinstance(module, QFormerConnector):
+            nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
+        elif isinstance(module, LateFusion):
+            module.reset_gate()
+
+
+class NoteLLM2Model(NoteLLM2PreTrainedModel):
+    """A note's text and image ─► one embedding.
+
+    Args:
+        config: everything structural; building a model never touches the network.
+    """
+
+    def __init__(self, config: NoteLLM2Config) -> None:
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.vision_tower = VisionTower(config.vision_config, config.freeze_vision_tower) if config.has_vision else None
+        self.connector = build_connector(config)
+        self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
+        width = config.hidden_size
+        self.head = (
+            nn.Identity() if config.embedding_dim is None else nn.Linear(width, config.embedding_dim, bias=False)
+        )
+        # <IMG_EMB> has its own vector: the LLM's embedding matrix stays as it is, and need not train.
+        self.image_embedding = nn.Parameter(torch.zeros(width))
+        initial_scale = torch.tensor(-math.log(config.initial_temperature))
+        self.logit_scale = nn.Parameter(initial_scale, requires_grad=config.learnable_temperature)
+        self._processor: NoteLLM2Processor | None = None
+        self.post_init()
+        if config.lora is not None:  # after post_init, which would undo LoRA's own initialisation
+            self._inject_lora(config.lora)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        llm: str | os.PathLike,
+        vision: str | os.PathLike | None = None,
+        *,
+        num_text_layers: int | None = None,
+        processor: NoteLLM2Processor | None = None,
+        dtype: torch.dtype = torch.float32,
+        **config: Any,
+    ) -> "NoteLLM2Model":
+        """Join a pretrained LLM and a pretrained vision tower; all that lies between them starts at random.
+
+        Args:
+            llm: local folder or Hub id of a decoder LLM.
+            vision: local folder or Hub id of a vision encoder; the vision half is taken of a dual encoder such as CLIP.
+                `None` makes a text-only model.
+            num_text_layers: keep only the first so many layers of the LLM.
+            processor: the processor to use; by default `NoteLLM2Processor.from_backbones(llm, vision)`.
+            dtype: dtype of all weights.
+            config: settings of [`NoteLLM2Config`]. `num_visual_tokens` defaults to the processor's.
+
+        Raises:
+            ValueError: a backbone's folder lacks weights its configuration asks for; `num_text_layers` out of range.
+        """
+        if processor is None:
+            # The prompt must have a place for visual tokens just when the connector makes some.
+            prompt: dict[str, Any] = {"prompt": "text"} if config.get("connector", "qformer") is None else {}
+            if "num_visual_tokens" in config:
+                prompt["num_visual_tokens"] = config["num_visual_tokens"]
+            processor = NoteLLM2Processor.from_backbones(llm, vision, **prompt)
+        text_config = AutoConfig.from_pretrained(llm).get_text_config(decoder=True)
+        if num_text_layers is not None:
+            _keep_layers(text_config, num_text_layers)
+        vision_config = None
+        if vision is not None:
+            whole = AutoConfig.from_pretrained(vision)
+            vision_config = getattr(whole, "vision_config", whole)
+        settings = {
+            "num_visual_tokens": processor.num_visual_tokens,
+            **config,
+            "image_token_id": processor.image_token_id,
+            "image_embedding_token_id": processor.image_embedding_token_id,
+        }
+        model = cls(NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings)).to(dtype)
+        _load_backbone(model.language_model, llm, text_config, dtype)
+        if model.vision_tower is not None and vision is not None and vision_config is not None:
+            _load_backbone(model.vision_tower.model, vision, vision_config, dtype)
+        embeddings = model.get_input_embeddings()
+        with torch.no_grad():
+            # Through the module, not its matrix: some LLMs (Gemma) scale what they look up.
+            everything = torch.arange(embeddings.weight.shape[0])
+            model.image_embedding.copy_(embeddings(everything).mean(0))
+        model._processor = processor
+        return model.eval()
+
+    @property
+    def processor(self) -> NoteLLM2Processor:
+        """The processor saved beside the model, loaded on first use.
+
+        Raises:
+            ValueError: the model was not loaded from a folder or repository and knows no processor.
+        """
+        if self._processor is None:
+            if not self.name_or_path:
+                raise ValueError(
+                    "this model was built from a config and knows no processor: pass encode(…, processor=…), or load the "
+                    "model with from_pretrained."
+                )
+            commit = getattr(self.config, "_commit_hash", None)
+            self._processor = NoteLLM2Processor.from_pretrained(self.name_or_path, revision=commit or "main")
+        return self._processor
+
+    @property
+    def temperature(self) -> float:
+        """The softmax temperature of the contrastive loss, 1 / exp(logit_scale)."""
+        return 1.0 / float(self._scale().detach())
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+    ) -> VisionFeatures:
+        """Run the vision tower on N images; see [`VisionFeatures`] for the shapes.
+
+        Raises:
+            ValueError: the model is text-only.
+        """
+        if self.vision_tower is None:
+            raise ValueError("pixel_values were given to a text-only model (vision_config=None): leave images out.")
+        return self.vision_tower(pixel_values, pixel_attention_mask, spatial_shapes)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        vision_features: VisionFeatures | None = None,
+        has_image: Tensor | None = None,
+    ) -> NoteLLM2Output:
+        """Embed B notes, N of which have an image.
+
+        Args:
+            input_ids: (B, T) int64, with `num_visual_tokens` placeholders `<IMG>` in each row that has an image.
+            attention_mask: (B, T), 1 for real tokens; padding may be on either side.
+            pixel_values: (N, C, H, W) images of the notes that have one, in order.
+            pixel_attention_mask, spatial_shapes: for towers of variable resolution; see [`VisionTower`].
+            vision_features: the tower's output for these images, instead of `pixel_values`.
+            has_image: (B,) bool, which notes the N images belong to. Default: all.
+
+        Raises:
+            ValueError: the placeholders, the images and `has_image` do not agree.
+        """
+        if vision_features is None and pixel_values is not None:
+            vision_features = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes)
+        if has_image is None:
+            has_image = torch.full(input_ids.shape[:1], vision_features is not None, device=input_ids.device)
+        num_images = 0 if vision_features is None else vision_features.pooled_embeds.shape[0]
+        if num_images != int(has_image.sum()):
+            raise ValueError(f"{num_images} images were given for {int(has_image.sum())} notes with has_image=True.")
+
+        inputs_embeds = self._embed(input_ids, vision_features, has_image)
+        # Positions count real tokens only, so that left padding does not shift them.
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        states = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state  # (B, T, d_llm)
+        rows = torch.arange(states.shape[0], device=states.device)
+        columns = torch.arange(states.shape[1], device=states.device)
+        note_states = states[rows, (attention_mask * columns).argmax(-1)]  # n_m: the last real token
+
+        is_end = input_ids == self.config.image_embedding_token_id  # (B, T)
+        has_visual = is_end.any(-1)
+        visual_states = states[rows, is_end.int().argmax(-1) - 1] if bool(has_visual.any()) else None  # n_v
+
+        fusion_weight = None
+        if self.late_fusion is not None:
+            gate_states = note_states
+            if visual_states is not None:
+                gate_states = torch.where(has_visual.unsqueeze(-1), visual_states, note_states)
+            note_states, visual_states, fusion_weight = self._fuse(
+                vision_features, has_image, gate_states, note_states, visual_states
+            )
+        visual_embeds = None
+        if visual_states is not None:
+            visual_embeds = self._to_embeds(visual_states) * has_visual.unsqueeze(-1)
+        return NoteLLM2Output(
+            note_embeds=self._to_embeds(note_states),
+            visual_embeds=visual_embeds,
+            fusion_weight=fusion_weight,
+            logit_scale=self._scale(),
+        )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        notes: Iterable[Any],
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+        convert_to_tensor: bool = False,
+        truncate_dim: int | None = None,
+        processor: NoteLLM2Processor | None = None,
+    ) -> np.ndarray | Tensor:
+        """Notes ─► embeddings, in the notes' order.
+
+        Args:
+            notes: mappings with `title`, `topics`, `content`, `image` (each optional), strings (a note's content) or PIL
+                images; a list, a `datasets.Dataset`, any iterable.
+            batch_size: notes a forward pass. The embeddings do not depend on it.
+            show_progress_bar: show one progress bar over all notes.
+            convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
+            truncate_dim: keep the first so many dimensions and normalise again.
+            processor: the processor to use; by default the one saved beside the model.
+
+        Returns:
+            (N, D) float32, L2-normalised.
+
+        Raises:
+            NoteError: a note that cannot be read; names its index, the field and the remedy.
+            ValueError: `notes` is a single note; `batch_size` or `truncate_dim` out of range.
+        """
+        if isinstance(notes, str | dict):
+            raise ValueError("encode takes a sequence of notes, and got a single one: pass [note].")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        dim = self.config.embedding_dim or self.config.hidden_size
+        if truncate_dim is not None and not 1 <= truncate_dim <= dim:
+            raise ValueError(f"truncate_dim={truncate_dim} must lie between 1 and the embedding's width, {dim}.")
+        processor = processor or self.processor
+        total = len(notes) if isinstance(notes, Sequence) or hasattr(notes, "__len__") else None
+        was_training = self.training
+        self.eval()
+        embeds: list[Tensor] = []
+        try:
+            with tqdm(total=total, desc="encode", unit="note", disable=not show_progress_bar) as progress:
+                stream = (processor.encode_note(note, index) for index, note in enumerate(notes))
+                # Notes of like length share a batch, within a window that bounds memory.
+                while window := list(islice(stream, 64 * batch_size)):
+                    embeds.append(self._encode_window(window, batch_size, processor, progress))
+        finally:
+            self.train(was_training)
+        result = torch.cat(embeds) if embeds else torch.empty(0, dim, device=self.device)
+        if truncate_dim is not None:
+            result = functional.normalize(result[:, :truncate_dim], dim=-1)
+        return result if convert_to_tensor else result.cpu().numpy()
+
+    def add_lora(self, **settings: Any) -> None:
+        """Add LoRA adapters to the LLM; they become part of the config and of every checkpoint.
+
+        Args:
+            settings: arguments of `peft.LoraConfig`.
+
+        Raises:
+            ValueError: the model has adapters already.
+        """
+        if self.config.lora is not None:
+            raise ValueError("this model has LoRA adapters already: call merge_lora() before adding new ones.")
+        self._inject_lora(settings)
+        self.config.lora = settings
+
+    def merge_lora(self) -> None:
+        """Fold the adapters into the LLM's weights: the same embeddings, and peft is no longer needed.
+
+        Raises:
+            ValueError: the model has no adapters.
+        """
+        if self.config.lora is None:
+            raise ValueError("this model has no LoRA adapters to merge (config.lora is None).")
+        adapted = [
+            (name, layer) for name, layer in self.language_model.named_modules() if isinstance(layer, BaseTunerLayer)
+        ]
+        for name, layer in adapted:
+            layer.merge()
+            self.language_model.set_submodule(name, layer.get_base_layer())
+        self.config.lora = None
+
+    def _inject_lora(self, settings: dict[str, Any]) -> None:
+        if not is_peft_available():
+            raise ImportError(
+                'this model has LoRA adapters (config.lora): install peft with `pip install "peft>=0.17"`.'
+            )
+        inject_adapter_in_model(LoraConfig(**settings), self.language_model)
+        self.language_model.to(self.dtype)
+
+    def _encode_window(
+        self, window: list[EncodedNote], batch_size: int, processor: NoteLLM2Processor, progress: tqdm
+    ) -> Tensor:
+        order = sorted(range(len(window)), key=lambda i: len(window[i].input_ids), reverse=True)
+        result: Tensor | None = None
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            batch = processor.collate([window[i] for i in picked]).to(self.device)
+            embeds = self(**batch).note_embeds
+            if result is None:
+                result = embeds.new_empty(len(window), embeds.shape[1])
+            result[torch.tensor(picked, device=result.device)] = embeds
+            progress.update(len(picked))
+        assert result is not None  # a window is never empty
+        return result
+
+    def _embed(self, input_ids: Tensor, features: VisionFeatures | None, has_image: Tensor) -> Tensor:
+        """(B, T) ids ─► (B, T, d_llm): the LLM's embeddings, `<IMG_EMB>`'s own, and visual tokens for `<IMG>`."""
+        is_image = input_ids == self.config.image_token_id
+        is_end = input_ids == self.config.image_embedding_token_id
+        # Neither token has a row in the LLM's matrix; any row will do where it is replaced.
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image | is_end, 0))
+        embeds = torch.where(is_end.unsqueeze(-1), self.image_embedding.to(embeds.dtype), embeds)
+
+        expected = has_image * (self.config.num_visual_tokens if self.connector is not None else 0)
+        found = is_image.sum(-1)
+        if not torch.equal(found, expected):
+            row = int((found != expected).nonzero()[0])
+            raise ValueError(
+                f"note {row} of the batch has {int(found[row])} <IMG> placeholders, but its image gives "
+                f"{int(expected[row])} visual tokens: build inputs with the model's own processor (num_visual_tokens, prompt)."
+            )
+        if self.connector is None or features is None:
+            return embeds
+        parameter = next(self.connector.parameters())
+        visual = self.connector(features._replace(patch_embeds=features.patch_embeds.to(parameter.dtype)))
+        return embeds.masked_scatter(is_image.unsqueeze(-1), visual.to(embeds.dtype))
+
+    def _fuse(
+        self,
+        features: VisionFeatures | None,
+        has_image: Tensor,
+        gate_states: Tensor,
+        note_states: Tensor,
+        visual_states: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Late fusion of the notes that have an image; the others keep their states and get weight 0."""
+        assert self.late_fusion is not None
+        width = 1 if self.config.late_fusion == "scalar" else note_states.shape[-1]
+        weights = note_states.new_zeros(note_states.shape[0], width)
+        if features is None:
+            return note_states, visual_states, weights
+        visual = self.late_fusion.project(features.pooled_embeds)
+        weight = self.late_fusion.weight(visual, gate_states[has_image])
+
+        def fuse(states: Tensor) -> Tensor:
+            fused = self.late_fusion.fuse(weight, visual, states[has_image])  # type: ignore[union-attr]
+            return states.masked_scatter(has_image.unsqueeze(-1), fused.to(states.dtype))
+
+        weights = weights.masked_scatter(has_image.unsqueeze(-1), weight.to(weights.dtype))
+        return fuse(note_states), None if visual_states is None else fuse(visual_states), weights
+
+    def _to_embeds(self, states: Tensor) -> Tensor:
+        return functional.normalize(self.head(states).float(), dim=-1)
+
+    def _scale(self) -> Tensor:
+        return self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+
+
+def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
+    """Shorten a decoder's configuration to its first layers, per-layer lists (`layer_types`) included."""
+    available = config.num_hidden_layers
+    if not 1 <= num_layers <= available:
+        raise ValueError(f"num_text_layers={num_layers} must lie between 1 and the LLM's {available} layers.")
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == available:
+            setattr(config, name, value[:num_layers])
+    config.num_hidden_layers = num_layers
+
+
+def _load_backbone(target: nn.Module, source: str | os.PathLike, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Copy a pretrained backbone's weights into the model; refuse a folder that lacks some.
+
+    A weight that transformers could not find stays random with no more than a warning: never what a user wants here. A
+    pooler is the exception (ViT checkpoints often lack theirs), as the class token is read instead.
+    """
+    backbone, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"{str(source)!r} lacks {len(missing)} weights of its own configuration, {missing[0]!r} first: use a complete "
+            "checkpoint whose config.json belongs to its weights."
+        )
+    target.load_state_dict(backbone.state_dict())
+
+
+NoteLLM2Model.register_for_auto_class("AutoModel")
+
+__all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel"]

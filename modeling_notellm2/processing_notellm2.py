@@ -1,0 +1,486 @@
+"""Notes ─► tensors: the prompts, the tokenizer's two new tokens, and the refusal of bad input.
+
+The prompt's own structure is placed as token ids, field by field. A note's text is tokenised by a copy of the tokenizer
+that knows no added token, and cut before it is placed: whatever a note says, it cannot forge `<IMG>`, end the prompt early
+or push the prompt's last word out.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE_TOKEN = "<IMG>"
+IMAGE_EMBEDDING_TOKEN = "<IMG_EMB>"
+TEXT_FIELDS = ("title", "topics", "content")
+
+Prompt = Literal["basic", "micl", "text"]
+Language = Literal["en", "zh"]
+PaddingSide = Literal["right", "left"]
+
+# NoteLLM-2, prompts: "basic" is the MLRM baseline, "micl" multimodal in-content learning; "text" shows no image. The
+# Chinese wording is the one the paper's code was trained with.
+_COMPRESS = {"en": '. Compress this note into one word: "', "zh": "，压缩为一个词：“"}
+_TEXT_NOTE = {
+    "en": "Note content: {'title': '{title}', 'topic': '{topics}', 'content': '{content}'}",
+    "zh": '笔记：{"标题":"{title}","话题":"{topics}","内容":"{content}"}',
+}
+_BASIC_NOTE = {
+    "en": "Note content: {'image': '<IMG>', 'title': '{title}', 'topic': '{topics}', 'content': '{content}'}",
+    "zh": '笔记：{"图片":"<IMG>","标题":"{title}","话题":"{topics}","内容":"{content}"}',
+}
+_IMAGE_NOTE = {"en": "Note content: {'image': '<IMG>'}", "zh": '笔记：{"图片":"<IMG>"}'}
+_AFTER_IMAGE = {"en": '<IMG_EMB>". ', "zh": "<IMG_EMB>”。"}
+
+
+def prompt_template(prompt: Prompt, language: Language) -> str:
+    """The prompt of a note with an image, with `<IMG>`, `<IMG_EMB>`, `{title}`, `{topics}` and `{content}` in place.
+
+    >>> prompt_template("micl", "zh")
+    '笔记：{"图片":"<IMG>"}，压缩为一个词：“<IMG_EMB>”。笔记：{"标题":"{title}","话题":"{topics}","内容":"{content}"}，压缩为一个词：“'
+    """
+    compress = _COMPRESS[language]
+    if prompt == "micl":
+        return _IMAGE_NOTE[language] + compress + _AFTER_IMAGE[language] + _TEXT_NOTE[language] + compress
+    return (_BASIC_NOTE if prompt == "basic" else _TEXT_NOTE)[language] + compress
+
+
+class NoteError(ValueError):
+    """A note that cannot be read. The message gives the note's index, the field, its value and the remedy."""
+
+
+class EncodedNote(NamedTuple):
+    """A note as token ids, with its image still undecoded.
+
+    Attributes:
+        index: position of the note in the caller's sequence, for error messages.
+        input_ids: the whole prompt, visual placeholders included.
+        image: whatever the note holds as its image; `None` without one.
+    """
+
+    index: int
+    input_ids: list[int]
+    image: Any
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Add `<IMG>` and `<IMG_EMB>`.
+
+    The LLM's embedding matrix is not resized: both tokens get their embeddings from NoteLLM-2's own parameters.
+    """
+    new_tokens = [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, IMAGE_EMBEDDING_TOKEN)]
+    tokenizer.add_tokens(new_tokens, special_tokens=True)  # type: ignore[arg-type]
+    return tokenizer
+
+
+class NoteLLM2Processor(ProcessorMixin):
+    """Turns notes into the inputs of [`NoteLLM2Model`].
+
+    Args:
+        image_processor: the vision tower's image processor; `None` for a text-only model.
+        tokenizer: the LLM's tokenizer, with a `tokenizers` backend (a "fast" one), extended by `extend_tokenizer`.
+        prompt: `"basic"`, `"micl"` or `"text"` (no visual tokens: text-only, or late fusion only).
+        language: `"en"` or `"zh"`.
+        num_visual_tokens: how many `<IMG>` placeholders an image takes.
+        max_title_tokens, max_topics_tokens, max_content_tokens: each field is cut to so many tokens.
+        padding_side: `"right"` or `"left"`; embeddings do not depend on it.
+        template: prompt of a note with an image; by default the one that `prompt` and `language` name. It is saved, so
+            that a checkpoint keeps the words it was trained with.
+        text_template: the same for a note without an image.
+
+    Raises:
+        ValueError: an unknown setting, a tokenizer without a `tokenizers` backend, a template that breaks the order
+            image, `<IMG_EMB>`, text.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt: Prompt = "micl",
+        language: Language = "en",
+        num_visual_tokens: int = 16,
+        max_title_tokens: int = 32,
+        max_topics_tokens: int = 32,
+        max_content_tokens: int = 128,
+        padding_side: PaddingSide = "right",
+        template: str | None = None,
+        text_template: str | None = None,
+    ) -> None:
+        for name, value, choices in (
+            ("prompt", prompt, Prompt),
+            ("language", language, Language),
+            ("padding_side", padding_side, PaddingSide),
+        ):
+            if value not in get_args(choices):
+                raise ValueError(f"{name}={value!r} is unknown: choose one of {get_args(choices)}.")
+        if tokenizer is None or not hasattr(tokenizer, "backend_tokenizer"):
+            raise ValueError(
+                f"tokenizer={type(tokenizer).__name__} has no `tokenizers` backend, which hostile text needs: load it "
+                "with AutoTokenizer, or convert it to a tokenizer.json first."
+            )
+        # ProcessorMixin.__init__ insists on an image processor; a text-only model has none.
+        self.chat_template = None
+        self.image_processor = image_processor
+        self.tokenizer = extend_tokenizer(tokenizer)
+        self.prompt = prompt
+        self.language = language
+        self.num_visual_tokens = num_visual_tokens
+        self.max_title_tokens = max_title_tokens
+        self.max_topics_tokens = max_topics_tokens
+        self.max_content_tokens = max_content_tokens
+        self.padding_side = padding_side
+        self.template = template if template is not None else prompt_template(prompt, language)
+        self.text_template = text_template if text_template is not None else prompt_template("text", language)
+        _check_template("template", self.template)
+        _check_template("text_template", self.text_template)
+        if IMAGE_TOKEN in self.text_template:
+            raise ValueError(f"text_template={self.text_template!r} must not hold {IMAGE_TOKEN}: it is for no image.")
+
+    @classmethod
+    def from_backbones(
+        cls, llm: str | os.PathLike, vision: str | os.PathLike | None = None, **settings: Any
+    ) -> "NoteLLM2Processor":
+        """Take the tokenizer of an LLM and the image processor of a vision tower (local folders or Hub ids)."""
+        if vision is None:
+            settings.setdefault("prompt", "text")
+        return cls(_load_image_processor(vision), AutoTokenizer.from_pretrained(llm), **settings)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `<IMG>`."""
+        return int(self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+    @property
+    def image_embedding_token_id(self) -> int:
+        """Id of `<IMG_EMB>`."""
+        return int(self.tokenizer.convert_tokens_to_ids(IMAGE_EMBEDDING_TOKEN))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that `__call__` may return."""
+        image_names = [] if self.image_processor is None else list(self.image_processor.model_input_names)
+        return ["input_ids", "attention_mask", "has_image", *image_names]
+
+    def __call__(self, notes: Sequence[Any], padding_side: PaddingSide | None = None) -> BatchFeature:
+        """Notes (mappings, strings or PIL images) ─► tensors.
+
+        Returns:
+            `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `has_image` (B,) bool; where a note has an image
+            also `pixel_values` (N, C, H, W) float32 for the N notes with one, in order.
+
+        Raises:
+            NoteError: a note that cannot be read.
+
+        Example (see the README for a real one):
+            >>> batch = processor([{"title": "Oak shelf", "image": "shelf.jpg"}, "just a text"])  # doctest: +SKIP
+        """
+        return self.collate([self.encode_note(note, index) for index, note in enumerate(notes)], padding_side)
+
+    def encode_note(self, note: Any, index: int = 0) -> EncodedNote:
+        """Check one note and turn it into token ids; its image is not decoded yet.
+
+        Args:
+            note: a mapping with any of `title`, `topics`, `content`, `image`; a string (its content); a PIL image.
+            index: position of the note, named in errors.
+
+        Raises:
+            NoteError: not a note, a field of the wrong type, or neither text nor image.
+        """
+        fields = _as_mapping(note, index)
+        texts = {name: _field_text(fields.get(name), name, index) for name in TEXT_FIELDS}
+        image = _image_reference(fields.get("image"), index)
+        if image is None and not any(texts.values()):
+            raise NoteError(
+                f"notes[{index}] has neither text nor image (its keys: {sorted(map(str, fields))}): fill one of title, "
+                "topics, content, image, or leave the note out."
+            )
+        if self.image_processor is None:
+            if not any(texts.values()):
+                raise NoteError(f"notes[{index}].image is all this note has, but the model is text-only: add a text.")
+            image = None
+        return EncodedNote(
+            index, self._tokenize(self.template if image is not None else self.text_template, texts), image
+        )
+
+    def collate(self, notes: Sequence[EncodedNote], padding_side: PaddingSide | None = None) -> BatchFeature:
+        """Pad encoded notes into one batch and decode their images. Returns what `__call__` returns."""
+        length = max((len(note.input_ids) for note in notes), default=0)
+        left = (padding_side or self.padding_side) == "left"
+        input_ids = torch.full((len(notes), length), self._padding_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, note in enumerate(notes):
+            span = slice(length - len(note.input_ids), None) if left else slice(len(note.input_ids))
+            input_ids[row, span] = torch.tensor(note.input_ids)
+            attention_mask[row, span] = 1
+        has_image = torch.tensor([note.image is not None for note in notes], dtype=torch.bool)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "has_image": has_image}
+        images = [self._pixels(note) for note in notes if note.image is not None]
+        if images:
+            batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
+        return BatchFeature(batch)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `processor_config.json`, the tokenizer, the image processor and this file."""
+        if push_to_hub:
+            raise ValueError("push_to_hub=True is not supported here: save to a folder and publish the folder whole.")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._auto_class is not None:
+            custom_object_save(self, folder, config=self)  # copies the code and sets self.auto_map
+        self.tokenizer.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
+        settings = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        (folder / "processor_config.json").write_text(settings + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "NoteLLM2Processor":
+        """Load what `save_pretrained` wrote, from a folder or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            kwargs: settings of `__init__` to override (`padding_side="left"`); the rest (`revision`, `token`,
+                `cache_dir`, …) goes to the Hub.
+        """
+        settings, hub = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        overrides = {name: hub.pop(name) for name in _SETTINGS if name in hub}
+        hub = {name: value for name, value in hub.items() if not name.startswith("_") and name != "trust_remote_code"}
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
+        has_images = settings.get("has_image_processor", True)
+        image_processor = _load_image_processor(pretrained_model_name_or_path if has_images else None, **hub)
+        saved = {name: settings[name] for name in _SETTINGS if name in settings}
+        return cls(image_processor, tokenizer, **{**saved, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that `processor_config.json` holds."""
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
+        settings |= {"processor_class": type(self).__name__, "has_image_processor": self.image_processor is not None}
+        if getattr(self, "auto_map", None):
+            settings["auto_map"] = self.auto_map
+        return settings
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, ensure_ascii=False)}"
+
+    def _tokenize(self, template: str, texts: Mapping[str, str]) -> list[int]:
+        """A template's static parts, placeholders and fields ─► one list of ids."""
+        ids = list(self._leading_ids)
+        for part in _template_parts(template):
+            if part == IMAGE_TOKEN:
+                ids += [self.image_token_id] * self.num_visual_tokens
+            elif part == IMAGE_EMBEDDING_TOKEN:
+                ids.append(self.image_embedding_token_id)
+            elif part.strip("{}") in TEXT_FIELDS and part.startswith("{"):
+                name = part.strip("{}")
+                ids += self._text_ids(texts[name], getattr(self, f"max_{name}_tokens"))
+            else:
+                ids += self._text_ids(part, None)
+        return ids
+
+    def _text_ids(self, text: str, max_tokens: int | None) -> list[int]:
+        """Plain text ─► ids, none of which is an added token."""
+        if max_tokens is not None:
+            # Bounds the time a megabyte of text takes; no field of sensible text is cut here before it is cut below.
+            text = text[: 64 * max_tokens]
+        encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self._structure_ids:
+                # Some vocabularies can also merge plain letters into a control token; its letters one by one cannot be it.
+                letters = [
+                    self._text_tokenizer.encode(letter, add_special_tokens=False).ids for letter in text[start:end]
+                ]
+                ids += [i for letter_ids in letters for i in letter_ids if i not in self._structure_ids]
+            else:
+                ids.append(token_id)
+        return ids[:max_tokens]
+
+    @cached_property
+    def _text_tokenizer(self) -> Tokenizer:
+        return _without_added_tokens(self.tokenizer)
+
+    @cached_property
+    def _structure_ids(self) -> frozenset[int]:
+        """Ids no text may produce: every added token and every special one, except the unknown token."""
+        ids = set(self.tokenizer.added_tokens_decoder) | set(self.tokenizer.all_special_ids)
+        return frozenset(ids - {self.tokenizer.unk_token_id})
+
+    @cached_property
+    def _padding_id(self) -> int:
+        """Padding is masked, so any token of the LLM will do where the tokenizer names none."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token_id) for token_id in candidates if token_id is not None)
+
+    @cached_property
+    def _leading_ids(self) -> list[int]:
+        """The begin-of-sequence token, where the tokenizer would put one. (An end-of-sequence token is never added:
+        the prompt's last token is the one that is read.)"""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("").input_ids[:1] == [bos] else []
+
+    def _pixels(self, note: EncodedNote) -> dict[str, torch.Tensor]:
+        image = _decode_image(note)
+        try:
+            # One image a call: a failure names its note, and one note's image cannot change another's tensor.
+            return dict(self.image_processor(images=[image], return_tensors="pt"))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise NoteError(
+                f"notes[{note.index}].image of {image.width}x{image.height} pixels was refused by the image processor "
+                f"({error}): resize it, or leave the image out."
+            ) from error
+
+
+_SETTINGS = (
+    "prompt",
+    "language",
+    "num_visual_tokens",
+    "max_title_tokens",
+    "max_topics_tokens",
+    "max_content_tokens",
+    "padding_side",
+    "template",
+    "text_template",
+)
+
+
+def _template_parts(template: str) -> list[str]:
+    fields = "|".join(rf"\{{{name}\}}" for name in TEXT_FIELDS)
+    return [part for part in re.split(f"({IMAGE_EMBEDDING_TOKEN}|{IMAGE_TOKEN}|{fields})", template) if part]
+
+
+def _check_template(name: str, template: str) -> None:
+    parts = _template_parts(template)
+    order = [part for part in parts if part in (IMAGE_TOKEN, IMAGE_EMBEDDING_TOKEN) or part.startswith("{")]
+    images, ends = order.count(IMAGE_TOKEN), order.count(IMAGE_EMBEDDING_TOKEN)
+    if images > 1 or ends > 1:
+        raise ValueError(f"{name}={template!r} holds {IMAGE_TOKEN} or {IMAGE_EMBEDDING_TOKEN} twice: keep one of each.")
+    # n_v must have seen the image and no text, and its position must hold a token of the template.
+    if ends and (order[:2] != [IMAGE_TOKEN, IMAGE_EMBEDDING_TOKEN] or template.endswith(IMAGE_EMBEDDING_TOKEN)):
+        raise ValueError(f"{name}={template!r}: put {IMAGE_TOKEN} first, then {IMAGE_EMBEDDING_TOKEN}, then the text.")
+    if not parts or parts[-1] in order:
+        raise ValueError(f"{name}={template!r} must end in its own words: the last token is what the model reads.")
+
+
+def _as_mapping(note: Any, index: int) -> Mapping[str, Any]:
+    if isinstance(note, Mapping):
+        return note
+    if isinstance(note, str):
+        return {"content": note}
+    if isinstance(note, Image.Image):
+        return {"image": note}
+    raise NoteError(
+        f"notes[{index}] is a {type(note).__name__}: pass a mapping with title, topics, content, image, or a string, or a "
+        "PIL image."
+    )
+
+
+def _field_text(value: Any, field: str, index: int) -> str:
+    """One field as clean text: white space folded, what UTF-8 cannot hold replaced."""
+    if value is None:
+        return ""
+    if field == "topics" and isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for topic in value:
+            if not isinstance(topic, str):
+                raise NoteError(f"notes[{index}].topics holds {topic!r}: every topic must be a string.")
+        value = ", ".join(value)
+    if not isinstance(value, str):
+        kind = "a string or a list of strings" if field == "topics" else "a string"
+        raise NoteError(f"notes[{index}].{field} is {value!r} ({type(value).__name__}): pass {kind}, or None.")
+    return " ".join(value.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def _image_reference(value: Any, index: int) -> Any:
+    """Check an image's kind without decoding it. An empty path, like None, is no image."""
+    if isinstance(value, Mapping):  # an undecoded image of `datasets`
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if value is None or (isinstance(value, str) and not value):
+        return None
+    if isinstance(value, str | os.PathLike):
+        if "://" in str(value):
+            raise NoteError(f"notes[{index}].image is the address {str(value)!r}: download it and pass a path.")
+        if not Path(value).is_file():
+            raise NoteError(
+                f"notes[{index}].image: no file {str(value)!r}. Give an existing path, or None for no image."
+            )
+        return value
+    if isinstance(value, Image.Image | bytes | np.ndarray):
+        return value
+    raise NoteError(
+        f"notes[{index}].image is a {type(value).__name__}: pass a PIL image, a path, the bytes of an image file, or a "
+        "uint8 array (H, W, 3)."
+    )
+
+
+def _decode_image(note: EncodedNote) -> Image.Image:
+    """An RGB picture, turned the way its EXIF data says, transparent parts on white."""
+    value = note.image
+    try:
+        if isinstance(value, np.ndarray):
+            picture = Image.fromarray(value)
+        elif isinstance(value, Image.Image):
+            picture = value
+        else:
+            picture = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        picture = ImageOps.exif_transpose(picture)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            return Image.alpha_composite(white, picture).convert("RGB")
+        return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        shown = f"{value!r}" if isinstance(value, str | os.PathLike) else f"a {type(value).__name__}"
+        raise NoteError(
+            f"notes[{note.index}].image ({shown}) cannot be read ({error}): replace it, or set it to None to encode the "
+            "text alone."
+        ) from error
+
+
+def _load_image_processor(source: str | os.PathLike | None, **hub: Any) -> Any:
+    """The PIL backend wherever there is one: the torchvision backend resizes a little differently, and embeddings must
+    not depend on whether torchvision is installed."""
+    return None if source is None else AutoImageProcessor.from_pretrained(source, backend="pil", **hub)
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The same vocabulary and merges, blind to added tokens and adding no space in front.
+
+    Pieces are placed one after another inside a prompt, so a dummy prefix space, right for the start of a text, would
+    put a stray space into the middle of one.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    state["normalizer"] = _without_prefix_space(state["normalizer"])
+    state["pre_tokenizer"] = _without_prefix_space(state["pre_tokenizer"])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _without_prefix_space(component: dict[str, Any] | None) -> dict[str, Any] | None:
+    if component is None or component["type"] == "Prepend":
+        return None
+    for key in ("normalizers", "pretokenizers"):
+        if key in component:
+            kept = [_without_prefix_space(part) for part in component[key]]
+            return {**component, key: [part for part in kept if part is not None]}
+    if component["type"] == "Metaspace":
+        return {**component, "prepend_scheme": "never"}
+    if component["type"] == "ByteLevel":
+        return {**component, "add_prefix_space": False}
+    return component
+
+
+NoteLLM2Processor.register_for_auto_class()
+
+__all__ = ["EncodedNote", "NoteError", "NoteLLM2Processor", "extend_tokenizer", "prompt_template"]

@@ -1,0 +1,97 @@
+"""Any vision tower of `transformers`, reduced to patch tokens and one pooled vector.
+
+What kind of output a tower has is read from its output and its configuration (feature map or token sequence, patch size,
+prefix tokens), never from the spelling of its name.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class VisionFeatures(NamedTuple):
+    """What the rest of the model reads from N images.
+
+    Attributes:
+        patch_embeds: (N, P, d_v), the patches in raster order, without class or register tokens.
+        pooled_embeds: (N, d_v), one vector an image: the class token, else the tower's own pooling, else the mean patch.
+        patch_attention_mask: (N, P) bool, True where a patch is real; `None` when all are.
+    """
+
+    patch_embeds: Tensor
+    pooled_embeds: Tensor
+    patch_attention_mask: Tensor | None = None
+
+
+class VisionTower(nn.Module):
+    """A vision encoder behind one interface; frozen unless told otherwise.
+
+    Args:
+        config: the encoder's configuration.
+        freeze: keep weights and batch statistics fixed and build no gradient (NoteLLM-2: "the visual encoder is frozen").
+    """
+
+    def __init__(self, config: PreTrainedConfig, freeze: bool = True) -> None:
+        super().__init__()
+        self.freeze = freeze
+        self.model = AutoModel.from_config(config)
+        self.model.requires_grad_(not freeze)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "VisionTower":
+        """A frozen tower stays in evaluation mode: batch norm would otherwise drift, and dropout add noise."""
+        return super().train(mode and not self.freeze)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+    ) -> VisionFeatures:
+        """Encode N images.
+
+        Args:
+            pixel_values: (N, C, H, W), or (N, P, C·p·p) for towers of variable resolution (SigLIP2 NaFlex).
+            pixel_attention_mask: (N, P), 1 where a patch is real; variable resolution only.
+            spatial_shapes: (N, 2), rows and columns of patches; variable resolution only.
+        """
+        inputs = {"pixel_values": pixel_values.to(dtype=self.model.dtype)}
+        if pixel_attention_mask is not None:
+            inputs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            output = self.model(**inputs)
+            return self._reduce(output, pixel_values, pixel_attention_mask)
+
+    def _reduce(self, output: object, pixel_values: Tensor, pixel_attention_mask: Tensor | None) -> VisionFeatures:
+        states: Tensor = output.last_hidden_state  # type: ignore[attr-defined]
+        pooler: Tensor | None = getattr(output, "pooler_output", None)
+        if states.dim() == 4:  # a feature map (N, d_v, H', W'): ConvNeXt, EfficientNet, ResNet
+            patches = states.flatten(2).transpose(1, 2)  # (N, P, d_v)
+            # Some heads widen the pooled vector; only one of the patches' width is the same kind of feature.
+            same_width = pooler is not None and pooler.flatten(1).shape[-1] == patches.shape[-1]
+            return VisionFeatures(patches, pooler.flatten(1) if same_width and pooler is not None else patches.mean(1))
+        if pixel_attention_mask is not None:
+            mask = pixel_attention_mask.bool()
+            if pooler is None:
+                weights = mask.unsqueeze(-1).to(states.dtype)
+                pooler = (states * weights).sum(1) / weights.sum(1)
+            return VisionFeatures(states, pooler, mask)
+        prefix = states.shape[1] - self._num_patches(pixel_values, states.shape[1])
+        patches = states[:, prefix:]
+        if prefix > 0:  # the class token comes first, registers (DINOv2) after it
+            return VisionFeatures(patches, states[:, 0])
+        return VisionFeatures(patches, pooler if pooler is not None else patches.mean(1))
+
+    def _num_patches(self, pixel_values: Tensor, num_tokens: int) -> int:
+        patch_size = getattr(self.model.config, "patch_size", None)
+        if patch_size is None:
+            # timm's transformers keep no patch size in their configuration, but count their prefix tokens themselves.
+            return num_tokens - int(getattr(self.model.timm_model, "num_prefix_tokens", 0))
+        rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        return int(pixel_values.shape[-2] // rows) * int(pixel_values.shape[-1] // columns)
+
+
+__all__ = ["VisionFeatures", "VisionTower"]

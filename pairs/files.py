@@ -1,0 +1,163 @@
+"""Table files: CSV, JSON lines and Parquet in, the same three out.
+
+Every table is a `datasets.Dataset`, that is, an Arrow table. Ids are text: "007" in a CSV file must not become 7, so a
+caller names the columns to be read as text and only the others have their types inferred. A file is written beside its
+final place and then renamed, so that a reader never sees half of it.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+
+def to_arrow(dataset: Dataset) -> pa.Table:
+    """The Arrow table behind `dataset`: its rows in order, images left encoded."""
+    return dataset.with_format("arrow")[:]
+
+
+def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
+    """Reads one table.
+
+    Args:
+        path: a .csv, .jsonl or .parquet file; a folder written by `Dataset.save_to_disk`; or any other folder or Hub
+            id that `datasets.load_dataset` takes and that holds one split.
+        text_columns: columns of a CSV or JSON lines file to read as text instead of inferring their type.
+
+    Raises:
+        FileNotFoundError: nothing is at `path`, here or on the Hub.
+        ValueError: the file cannot be parsed, its kind is unknown, or the folder or Hub id holds several splits.
+    """
+    source = Path(path)
+    if source.is_file():
+        if source.suffix not in _READERS:
+            raise ValueError(f"{path}: unknown kind of table {source.suffix!r}; use one of {', '.join(_READERS)}.")
+        try:
+            return Dataset(_READERS[source.suffix](source, text_columns))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a readable {source.suffix} table ({error}); repair or convert it.") from error
+    if source.is_dir() and any((source / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        loaded = load_from_disk(str(source))
+    elif source.is_dir() or _may_be_hub_id(path):
+        try:
+            loaded = load_dataset(str(path))
+        except OSError as error:  # also DatasetNotFoundError, and the ConnectionError of a machine without network
+            raise FileNotFoundError(
+                f"{path}: neither a table on this machine nor a data set that the Hub gives ({error})."
+            ) from error
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder; give a .csv, .jsonl or .parquet file.")
+    if isinstance(loaded, DatasetDict):
+        if len(loaded) != 1:
+            raise ValueError(f"{path}: holds the splits {sorted(loaded)}; save the one you need as a Parquet file.")
+        loaded = next(iter(loaded.values()))
+    return loaded
+
+
+def write_file(table: pa.Table, path: str | Path) -> None:
+    """Writes `table` as .parquet, .csv or .jsonl, by the ending of `path`; folders are made, an old file is replaced.
+
+    Raises:
+        ValueError: the ending is another one, or a column cannot be said in this kind of file (lists in CSV, bytes in
+            JSON lines).
+    """
+    target = Path(path)
+    if target.suffix not in _WRITERS:
+        raise ValueError(f"{path}: unknown kind of table {target.suffix!r}; use one of {', '.join(_WRITERS)}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        _WRITERS[target.suffix](table, Path(temporary))
+        umask = os.umask(0)  # mkstemp makes files that only their owner can read; a table is an ordinary file
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _may_be_hub_id(path: str | Path) -> bool:
+    """Whether `path` is spelled as "name" or "owner/name", and not as a file or an absolute or dotted path."""
+    text = str(path)
+    return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and Path(text).suffix not in _READERS
+
+
+def _read_csv(path: Path, text_columns: Collection[str]) -> pa.Table:
+    return pa_csv.read_csv(
+        path,
+        parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa_csv.ConvertOptions(column_types={name: pa.string() for name in text_columns}),
+    )
+
+
+def _read_jsonl(path: Path, text_columns: Collection[str]) -> pa.Table:
+    # Line by line: Arrow's own reader turns texts that look like dates into timestamps.
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); write one object a line.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: {type(row).__name__} found; write one object a line.")
+            rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns: dict[str, pa.Array] = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if name in text_columns:
+            values = [str(value) if isinstance(value, int | float) else value for value in values]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(f"{path}: column {name!r} mixes types ({error}); use one type for it.") from error
+    return pa.table(columns)
+
+
+def _read_parquet(path: Path, text_columns: Collection[str]) -> pa.Table:
+    return pq.read_table(path, memory_map=True)  # a Parquet file states its types
+
+
+def _write_csv(table: pa.Table, path: Path) -> None:
+    for field in table.schema:
+        if pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
+            raise ValueError(f"column {field.name!r} ({field.type}) cannot be written as CSV; use .jsonl or .parquet.")
+    pa_csv.write_csv(table, path)
+
+
+def _write_jsonl(table: pa.Table, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as lines:
+        for batch in table.to_batches(max_chunksize=1000):
+            for row in batch.to_pylist():
+                try:
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                except TypeError as error:
+                    raise ValueError(f"a row cannot be written as JSON ({error}); use .parquet.") from error
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path)
+
+
+_READERS: dict[str, Callable[[Path, Collection[str]], pa.Table]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+_WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}

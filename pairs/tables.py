@@ -1,0 +1,274 @@
+"""The three tables of this package, each checked and brought to one form when it is loaded.
+
+notes   note_id, title, topics, content, image (and whatever else the table holds)
+views   user_id, note_id, timestamp
+pairs   note_id, related_note_id, score, rank
+
+Row numbers in errors count from 1 and leave a CSV header out.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, List, Value
+
+from pairs.files import read_table, to_arrow, write_file
+
+TEXT_COLUMNS = ("title", "topics", "content")
+NOTE_COLUMNS = ("note_id", *TEXT_COLUMNS, "image")
+VIEW_COLUMNS = ("user_id", "note_id", "timestamp")
+PAIR_COLUMNS = ("note_id", "related_note_id", "score", "rank")
+
+# Seconds reach this in the year 5138; a larger number is a time in milliseconds or finer.
+_MAX_SECONDS = 10**11
+
+
+def load_notes(path: str | Path) -> Dataset:
+    """Loads notes.
+
+    Args:
+        path: what `pairs.files.read_table` takes. Only `note_id` must be there.
+
+    Returns:
+        The columns note_id (string, unique), title, topics, content (string, never null; `topics` may also be a list
+        of strings), image (string: absolute path, or null; an `Image` feature of datasets stays one), then all
+        other columns of the table. A relative image path is taken from the table's folder.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a missing, empty or duplicate note id, a column of a wrong type, an image given as a URL.
+    """
+    dataset = read_table(path, NOTE_COLUMNS)
+    table = to_arrow(dataset)
+    features = dict(dataset.features)
+    columns: dict[str, pa.ChunkedArray] = {"note_id": _ids(table, "note_id", path)}
+    _refuse_duplicates(columns["note_id"].to_pylist(), path)
+    for name in TEXT_COLUMNS:
+        columns[name] = _texts(table, name, path)
+        features[name] = Value("string") if pa.types.is_string(columns[name].type) else List(Value("string"))
+    features["note_id"] = Value("string")
+    if isinstance(features.get("image"), Image):
+        columns["image"] = table["image"]
+    else:
+        columns["image"] = _image_paths(table, path)
+        features["image"] = Value("string")
+    columns |= {name: table[name] for name in table.column_names if name not in columns}
+    ordered = Features({name: features[name] for name in columns})
+    # The features travel as metadata of the schema, which is also how datasets itself writes them to a file.
+    return Dataset(pa.table(columns).replace_schema_metadata(ordered.arrow_schema.metadata))
+
+
+def load_views(path: str | Path) -> Dataset:
+    """Loads views: who looked at which note, and when.
+
+    Args:
+        path: what `pairs.files.read_table` takes. `timestamp` holds whole seconds since 1970 (UTC) or ISO 8601 texts;
+            one without a zone is read as UTC, fractions of a second are cut off.
+
+    Returns:
+        user_id (string), note_id (string), timestamp (int64, seconds since 1970, UTC), in the table's order.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a missing column, an empty id, or a time that cannot be read, with its row.
+    """
+    table = to_arrow(read_table(path, VIEW_COLUMNS))
+    columns = {name: _ids(table, name, path) for name in ("user_id", "note_id")}
+    return Dataset(pa.table({**columns, "timestamp": _seconds(_required(table, "timestamp", path), path)}))
+
+
+def load_pairs(path: str | Path) -> Dataset:
+    """Loads related pairs.
+
+    Args:
+        path: what `pairs.files.read_table` takes.
+
+    Returns:
+        note_id (string), related_note_id (string), score (float64), rank (int32, 1 = most related).
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: a missing column, an empty id, a score or rank that is no number, or a note related to itself.
+    """
+    table = to_arrow(read_table(path, ("note_id", "related_note_id")))
+    columns = {name: _ids(table, name, path) for name in ("note_id", "related_note_id")}
+    for name, kind in (("score", pa.float64()), ("rank", pa.int32())):
+        column = _required(table, name, path)
+        try:
+            columns[name] = column.cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(f"{path}: column {name!r} is not {kind} ({error}); rebuild the pairs.") from error
+        _refuse_rows(pc.is_null(column), name, path, "is empty; rebuild the pairs")
+    _refuse_rows(pc.less(columns["rank"], 1), "rank", path, "is below 1; ranks count from 1")
+    itself = pc.equal(columns["note_id"], columns["related_note_id"])
+    _refuse_rows(itself, "related_note_id", path, "is the note itself; remove the row")
+    return Dataset(pa.table(columns))
+
+
+def write_table(dataset: Dataset, path: str | Path) -> None:
+    """Writes a table as .parquet, .csv or .jsonl, by the ending of `path`, replacing an old file in one step.
+
+    Absolute paths in an `image` column are written relative to the table's folder: table and images can then move
+    together.
+
+    Raises:
+        ValueError: another ending, or a column that this kind of file cannot hold (a list in CSV, bytes in JSON lines).
+    """
+    table = to_arrow(dataset)
+    image = dataset.features.get("image")
+    if isinstance(image, Value) and image.dtype == "string":
+        folder = Path(path).parent.resolve()
+        relative = [
+            os.path.relpath(value, folder) if value and os.path.isabs(value) else value
+            for value in table["image"].to_pylist()
+        ]
+        position = table.column_names.index("image")
+        table = table.set_column(position, table.schema.field(position), pa.array(relative, pa.string()))
+    write_file(table, path)
+
+
+def related_indices(
+    note_ids: Sequence[str], pairs: Dataset, *, missing: Literal["error", "drop"] = "error"
+) -> list[np.ndarray]:
+    """The related notes of each note as positions in `note_ids`.
+
+    Args:
+        note_ids: N unique ids.
+        pairs: a table as from `load_pairs`.
+        missing: what to do with a pair one of whose notes is not in `note_ids`.
+
+    Returns:
+        N arrays (int64), each in rank order, empty for a note without related notes.
+
+    Raises:
+        ValueError: a duplicate in `note_ids`, or an unknown note in `pairs` while `missing` is "error".
+    """
+    if missing not in ("error", "drop"):
+        raise ValueError(f"missing={missing!r}: use 'error' or 'drop'.")
+    _refuse_duplicates(note_ids, "note_ids")
+    table = to_arrow(pairs)
+    known = pa.array(note_ids, pa.string())
+    anchors = pc.index_in(table["note_id"], value_set=known)
+    related = pc.index_in(table["related_note_id"], value_set=known)
+    found = pc.and_(pc.is_valid(anchors), pc.is_valid(related))
+    if missing == "error" and not pc.all(found, min_count=0).as_py():
+        row = table.filter(pc.invert(found)).slice(0, 1).to_pylist()[0]
+        raise ValueError(
+            f"pairs: ({row['note_id']!r}, {row['related_note_id']!r}) has a note outside the {len(note_ids)} notes given;"
+            " load the notes that these pairs were built on, or pass missing='drop'."
+        )
+    anchor, other, rank = (
+        column.filter(found).to_numpy().astype(np.int64) for column in (anchors, related, table["rank"])
+    )
+    order = np.lexsort((rank, anchor))
+    ends = np.cumsum(np.bincount(anchor, minlength=len(note_ids)))
+    return np.split(other[order], ends[:-1]) if len(note_ids) else []
+
+
+def _required(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
+    if name not in table.column_names:
+        raise ValueError(f"{path}: no column {name!r}, only {table.column_names}; add or rename it.")
+    return table[name]
+
+
+def _refuse_rows(bad: pa.ChunkedArray, name: str, path: str | Path, complaint: str) -> None:
+    row = pc.index(bad, True).as_py()
+    if row >= 0:
+        raise ValueError(f"{path}, row {row + 1}: {name!r} {complaint}.")
+
+
+def _ids(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
+    column = _required(table, name, path)
+    if not (_is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+        raise ValueError(f"{path}: column {name!r} is {column.type}; ids are strings or integers.")
+    column = column.cast(pa.string())
+    _refuse_rows(pc.equal(pc.fill_null(column, ""), ""), name, path, "is empty; fill it in or remove the row")
+    return column
+
+
+def _refuse_duplicates(note_ids: Sequence[str], where: str | Path) -> None:
+    first_rows: dict[str, int] = {}
+    for row, note_id in enumerate(note_ids, start=1):
+        if first_rows.setdefault(note_id, row) != row:
+            raise ValueError(f"{where}, rows {first_rows[note_id]} and {row}: 'note_id' {note_id!r} twice; keep one.")
+
+
+def _texts(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
+    if name not in table.column_names:
+        return pa.chunked_array([[""] * len(table)], pa.string())
+    column = table[name]
+    if name == "topics" and pa.types.is_list(column.type):
+        if not (_is_text(column.type.value_type) or pa.types.is_null(column.type.value_type)):
+            raise ValueError(f"{path}: column 'topics' is {column.type}; make it lists of strings, or text.")
+        return pc.fill_null(column.cast(pa.list_(pa.string())), [])
+    if not (_is_text(column.type) or pa.types.is_primitive(column.type) or pa.types.is_null(column.type)):
+        raise ValueError(f"{path}: column {name!r} is {column.type}; make it text.")
+    return pc.fill_null(column.cast(pa.string()), "")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _image_paths(table: pa.Table, path: str | Path) -> pa.ChunkedArray:
+    if "image" not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), pa.string())])
+    column = table["image"]
+    if not (_is_text(column.type) or pa.types.is_null(column.type)):
+        raise ValueError(f"{path}: column 'image' is {column.type}; give paths, or cast it to datasets.Image().")
+    source = Path(path)
+    folder = source.resolve() if source.is_dir() else source.parent.resolve()
+    resolved: list[str | None] = []
+    for row, value in enumerate(column.to_pylist(), start=1):
+        if not value:
+            resolved.append(None)
+        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+            raise ValueError(f"{path}, row {row}: 'image' {value!r} is a URL; download it and give its path.")
+        elif os.path.isabs(value):
+            resolved.append(value)
+        elif source.exists():
+            resolved.append(os.path.normpath(folder / value))
+        else:
+            raise ValueError(f"{path}, row {row}: 'image' {value!r} has no folder on the Hub; use an Image feature.")
+    return pa.chunked_array([pa.array(resolved, pa.string())])
+
+
+def _seconds(column: pa.ChunkedArray, path: str | Path) -> pa.ChunkedArray:
+    remedy = "give whole seconds since 1970 or ISO 8601"
+    _refuse_rows(pc.is_null(column), "timestamp", path, f"is empty; {remedy}")
+    if pa.types.is_timestamp(column.type):
+        micros = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).to_numpy()
+        column = pa.chunked_array([np.floor_divide(micros, 10**6)])
+    elif _is_text(column.type):
+        if pc.all(pc.match_substring_regex(column, r"^[+-]?\d{1,18}$"), min_count=0).as_py():
+            column = column.cast(pa.int64())
+        else:
+            seconds = []
+            for row, text in enumerate(column.to_pylist(), start=1):
+                try:
+                    seconds.append(_parse_time(text))
+                except ValueError as error:
+                    raise ValueError(f"{path}, row {row}: 'timestamp' {text!r} is no time; {remedy}.") from error
+            column = pa.chunked_array([pa.array(seconds, pa.int64())])
+    elif pa.types.is_integer(column.type):
+        column = column.cast(pa.int64())
+    elif not pa.types.is_null(column.type):  # a column of nulls is one without rows: others were refused above
+        raise ValueError(f"{path}: column 'timestamp' is {column.type}; {remedy}.")
+    column = column.cast(pa.int64())
+    too_large = pc.greater(pc.abs(column), _MAX_SECONDS)
+    _refuse_rows(too_large, "timestamp", path, "is beyond the year 5000: milliseconds? Divide by 1000")
+    return column
+
+
+def _parse_time(text: str) -> int:
+    if re.fullmatch(r"[+-]?\d{1,18}", text):
+        return int(text)
+    time = datetime.fromisoformat(text)
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() // 1)
