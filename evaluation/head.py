@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evaluation.metrics import retrieval_metrics
-from train.losses import contrastive_loss
+from train.losses import RelatedNotes, contrastive_loss, false_negative_mask
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ def train_head(
         raise ValueError("Features contain NaN or infinity: check the encoder that made them.")
     positives = np.concatenate([np.asarray(positions, dtype=np.int64) for positions in train_related])
     pairs = torch.tensor(np.stack([anchors, positives], axis=1))  # (P, 2)
+    known = RelatedNotes(pairs.tolist(), num_notes=len(train_related))
     features = torch.tensor(train_features, dtype=torch.float32)
 
     # The caller's random state is left as it was.
@@ -133,8 +134,9 @@ def train_head(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
         for step in tqdm(range(1, settings.steps + 1), desc="Head", unit="step"):
             batch = pairs[torch.randperm(len(pairs))[: settings.batch_pairs]]  # (B, 2)
-            ids = batch.T.flatten()  # (2B,): all anchors, then all positives
-            loss = contrastive_loss(head(features[ids]), 1 / settings.temperature, ids=ids)
+            note_ids = batch.T.flatten()  # (2B,): all anchors, then all positives
+            false_negatives = false_negative_mask(note_ids, known)
+            loss = contrastive_loss(head(features[note_ids]), 1 / settings.temperature, false_negatives)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -125,7 +125,7 @@ def _ranks_of_related(score: ScoreFunction, related: Sequence[np.ndarray], chunk
 
 def _rank(pool: np.ndarray, position: int) -> int:
     value = pool[position]
-    return 1 + np.count_nonzero(pool > value) + np.count_nonzero(pool[:position] == value)
+    return 1 + int(np.count_nonzero(pool > value)) + int(np.count_nonzero(pool[:position] == value))
 
 
 def _query_metrics(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:

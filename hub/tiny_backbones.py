@@ -1,7 +1,7 @@
 """Tiny, randomly initialised backbones saved as ordinary Hugging Face folders.
 
-The embedded default of `train/run.py` and the tests need an LLM and a vision tower without any download. They go through
-the same loading code as real ones.
+The embedded default of `train/run.py` and the tests need an LLM and a vision tower without any download. They go
+through the same loading code as real ones.
 """
 
 import os

@@ -35,8 +35,8 @@ class NoteLLM2Config(PreTrainedConfig):
             a projected image feature differ by orders of magnitude; `False` is the paper's code.
         late_fusion_hidden_size: width of the scalar gate's MLP.
         embedding_dim: width of the note embedding (64 in the paper); `None` keeps the LLM's width and adds no head.
-        initial_temperature: softmax temperature of the contrastive loss before training, > 0. Kept in the model as `logit_scale` =
-            log(1 / temperature), so that it survives saving and resuming.
+        initial_temperature: softmax temperature of the contrastive loss before training, > 0. The model keeps it as
+            `logit_scale` = log(1 / temperature), so that it survives saving and resuming.
         learnable_temperature: whether `logit_scale` trains.
         freeze_vision_tower: keep the tower's weights and its batch statistics fixed, and build no gradient through it.
         lora: arguments of `peft.LoraConfig` for the LLM (for instance `{"r": 16, "target_modules": "all-linear"}`);
@@ -139,8 +139,8 @@ class NoteLLM2Config(PreTrainedConfig):
             if getattr(config, name, None):
                 return int(getattr(config, name))
         raise ValueError(
-            f"vision_config of type {config.model_type!r} names none of hidden_sizes, hidden_size, num_features: add the "
-            "width of its last feature map under one of these names."
+            f"vision_config of type {config.model_type!r} names none of hidden_sizes, hidden_size, num_features: "
+            "add the width of its last feature map under one of these names."
         )
 
     @property

@@ -44,12 +44,10 @@ class LateFusion(nn.Module):
         The scalar gate's last layer starts at zero, so every note starts exactly there; the vector gate keeps the
         paper's Xavier-normal matrix and starts there on average.
         """
-        if isinstance(self.gate, nn.Sequential):
-            output = self.gate[-1]
-            nn.init.zeros_(output.weight)
-        else:
-            output = self.gate
-            nn.init.xavier_normal_(output.weight)
+        output = self.gate[-1] if isinstance(self.gate, nn.Sequential) else self.gate
+        assert isinstance(output, nn.Linear)
+        initialize = nn.init.xavier_normal_ if output is self.gate else nn.init.zeros_
+        initialize(output.weight)
         nn.init.constant_(output.bias, self.initial_bias)
 
     def project(self, pooled_embeds: Tensor) -> Tensor:

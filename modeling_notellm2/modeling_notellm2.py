@@ -10,20 +10,21 @@ The model sees tensors only: `NoteLLM2Processor` makes them from notes, and the 
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, is_peft_available
+from transformers.utils import ModelOutput, is_peft_available, logging
 
 from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
@@ -37,6 +38,9 @@ if is_peft_available():
 
 MAX_LOGIT_SCALE = math.log(100.0)
 """Upper bound of `logit_scale`: the temperature never falls below 0.01 (the bound CLIP introduced)."""
+
+WINDOW_BATCHES = 8
+"""`encode` sorts notes by length within so many batches: more would pad little less, and hold more decoded pictures."""
 
 
 @dataclass
@@ -91,7 +95,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
     def __init__(self, config: NoteLLM2Config) -> None:
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self.vision_tower = VisionTower(config.vision_config, config.freeze_vision_tower) if config.has_vision else None
+        self.vision_tower: VisionTower | None = None
+        if config.vision_config is not None:
+            self.vision_tower = VisionTower(config.vision_config, config.freeze_vision_tower)
         self.connector = build_connector(config)
         self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
         width = config.hidden_size
@@ -151,11 +157,13 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             "image_token_id": processor.image_token_id,
             "image_embedding_token_id": processor.image_embedding_token_id,
         }
-        model = cls(NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings)).to(dtype)
+        model = cls(NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings))
+        model.to(dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
         _load_backbone(model.language_model, llm, text_config, dtype)
         if model.vision_tower is not None and vision is not None and vision_config is not None:
             _load_backbone(model.vision_tower.model, vision, vision_config, dtype)
         embeddings = model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
         with torch.no_grad():
             # Through the module, not its matrix: some LLMs (Gemma) scale what they look up.
             everything = torch.arange(embeddings.weight.shape[0])
@@ -173,8 +181,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if self._processor is None:
             if not self.name_or_path:
                 raise ValueError(
-                    "this model was built from a config and knows no processor: pass encode(…, processor=…), or load the "
-                    "model with from_pretrained."
+                    "this model was built from a config and knows no processor: pass encode(…, processor=…), or load "
+                    "the model with from_pretrained."
                 )
             commit = getattr(self.config, "_commit_hash", None)
             self._processor = NoteLLM2Processor.from_pretrained(self.name_or_path, revision=commit or "main")
@@ -282,8 +290,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """Notes ─► embeddings, in the notes' order.
 
         Args:
-            notes: mappings with `title`, `topics`, `content`, `image` (each optional), strings (a note's content) or PIL
-                images; a list, a `datasets.Dataset`, any iterable.
+            notes: mappings with `title`, `topics`, `content`, `image` (each optional), strings (a note's content) or
+                PIL images; a list, a `datasets.Dataset`, any iterable.
             batch_size: notes a forward pass. The embeddings do not depend on it.
             show_progress_bar: show one progress bar over all notes.
             convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
@@ -297,7 +305,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             NoteError: a note that cannot be read; names its index, the field and the remedy.
             ValueError: `notes` is a single note; `batch_size` or `truncate_dim` out of range.
         """
-        if isinstance(notes, str | dict):
+        if isinstance(notes, str | Mapping | Image.Image):
             raise ValueError("encode takes a sequence of notes, and got a single one: pass [note].")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
@@ -305,15 +313,15 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if truncate_dim is not None and not 1 <= truncate_dim <= dim:
             raise ValueError(f"truncate_dim={truncate_dim} must lie between 1 and the embedding's width, {dim}.")
         processor = processor or self.processor
-        total = len(notes) if isinstance(notes, Sequence) or hasattr(notes, "__len__") else None
+        total = len(notes) if isinstance(notes, Sized) else None
         was_training = self.training
         self.eval()
         embeds: list[Tensor] = []
         try:
             with tqdm(total=total, desc="encode", unit="note", disable=not show_progress_bar) as progress:
                 stream = (processor.encode_note(note, index) for index, note in enumerate(notes))
-                # Notes of like length share a batch, within a window that bounds memory.
-                while window := list(islice(stream, 64 * batch_size)):
+                # Notes of like length share a batch.
+                while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
                     embeds.append(self._encode_window(window, batch_size, processor, progress))
         finally:
             self.train(was_training)
@@ -350,6 +358,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         for name, layer in adapted:
             layer.merge()
             self.language_model.set_submodule(name, layer.get_base_layer())
+        del self.language_model.peft_config  # peft's mark of a model with adapters
         self.config.lora = None
 
     def _inject_lora(self, settings: dict[str, Any]) -> None:
@@ -390,7 +399,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             row = int((found != expected).nonzero()[0])
             raise ValueError(
                 f"note {row} of the batch has {int(found[row])} <IMG> placeholders, but its image gives "
-                f"{int(expected[row])} visual tokens: build inputs with the model's own processor (num_visual_tokens, prompt)."
+                f"{int(expected[row])} visual tokens: build inputs with the model's own processor (prompt, "
+                "num_visual_tokens)."
             )
         if self.connector is None or features is None:
             return embeds
@@ -446,12 +456,17 @@ def _load_backbone(target: nn.Module, source: str | os.PathLike, config: PreTrai
     A weight that transformers could not find stays random with no more than a warning: never what a user wants here. A
     pooler is the exception (ViT checkpoints often lack theirs), as the class token is read instead.
     """
-    backbone, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is left over (a language-model head, the text half of CLIP) needs no warning
+    try:
+        backbone, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(
-            f"{str(source)!r} lacks {len(missing)} weights of its own configuration, {missing[0]!r} first: use a complete "
-            "checkpoint whose config.json belongs to its weights."
+            f"{str(source)!r} lacks {len(missing)} weights of its own configuration, {missing[0]!r} first: use a "
+            "complete checkpoint whose config.json belongs to its weights."
         )
     target.load_state_dict(backbone.state_dict())
 

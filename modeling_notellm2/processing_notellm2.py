@@ -1,18 +1,20 @@
 """Notes ─► tensors: the prompts, the tokenizer's two new tokens, and the refusal of bad input.
 
 The prompt's own structure is placed as token ids, field by field. A note's text is tokenised by a copy of the tokenizer
-that knows no added token, and cut before it is placed: whatever a note says, it cannot forge `<IMG>`, end the prompt early
-or push the prompt's last word out.
+that knows no added token, and cut before it is placed: whatever a note says, it cannot forge `<IMG>`, end the prompt
+early or push the prompt's last word out.
 """
 
 import io
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -61,7 +63,8 @@ class NoteError(ValueError):
     """A note that cannot be read. The message gives the note's index, the field, its value and the remedy."""
 
 
-class EncodedNote(NamedTuple):
+@dataclass(frozen=True)
+class EncodedNote:
     """A note as token ids, with its image still undecoded.
 
     Attributes:
@@ -81,7 +84,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     The LLM's embedding matrix is not resized: both tokens get their embeddings from NoteLLM-2's own parameters.
     """
     new_tokens = [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, IMAGE_EMBEDDING_TOKEN)]
-    tokenizer.add_tokens(new_tokens, special_tokens=True)  # type: ignore[arg-type]
+    tokenizer.add_tokens(new_tokens, special_tokens=True)
     return tokenizer
 
 
@@ -126,6 +129,14 @@ class NoteLLM2Processor(ProcessorMixin):
         ):
             if value not in get_args(choices):
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {get_args(choices)}.")
+        for name, number, least in (
+            ("num_visual_tokens", num_visual_tokens, 1),
+            ("max_title_tokens", max_title_tokens, 0),
+            ("max_topics_tokens", max_topics_tokens, 0),
+            ("max_content_tokens", max_content_tokens, 0),
+        ):
+            if number < least:
+                raise ValueError(f"{name}={number} must be at least {least}.")
         if tokenizer is None or not hasattr(tokenizer, "backend_tokenizer"):
             raise ValueError(
                 f"tokenizer={type(tokenizer).__name__} has no `tokenizers` backend, which hostile text needs: load it "
@@ -219,7 +230,8 @@ class NoteLLM2Processor(ProcessorMixin):
         """Pad encoded notes into one batch and decode their images. Returns what `__call__` returns."""
         length = max((len(note.input_ids) for note in notes), default=0)
         left = (padding_side or self.padding_side) == "left"
-        input_ids = torch.full((len(notes), length), self._padding_id)
+        # Padding is masked, so that any token will do; a tokenizer's own one may lie beyond its LLM's matrix.
+        input_ids = torch.zeros(len(notes), length, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, note in enumerate(notes):
             span = slice(length - len(note.input_ids), None) if left else slice(len(note.input_ids))
@@ -233,21 +245,22 @@ class NoteLLM2Processor(ProcessorMixin):
         return BatchFeature(batch)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `processor_config.json`, the tokenizer, the image processor and this file."""
+        """Write `processor_config.json` (the image processor inside it), the tokenizer and this code."""
         if push_to_hub:
             raise ValueError("push_to_hub=True is not supported here: save to a folder and publish the folder whole.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        settings = self.to_dict()
         if self._auto_class is not None:
-            custom_object_save(self, folder, config=self)  # copies the code and sets self.auto_map
+            custom_object_save(self, folder, config=settings)  # copies the code and sets settings["auto_map"]
         self.tokenizer.save_pretrained(folder)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(folder)
-        settings = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        (folder / "processor_config.json").write_text(settings + "\n", encoding="utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / "processor_config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "NoteLLM2Processor":
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "NoteLLM2Processor":
         """Load what `save_pretrained` wrote, from a folder or a Hub repository.
 
         Args:
@@ -259,7 +272,7 @@ class NoteLLM2Processor(ProcessorMixin):
         overrides = {name: hub.pop(name) for name in _SETTINGS if name in hub}
         hub = {name: value for name, value in hub.items() if not name.startswith("_") and name != "trust_remote_code"}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
-        has_images = settings.get("has_image_processor", True)
+        has_images = "image_processor" in settings
         image_processor = _load_image_processor(pretrained_model_name_or_path if has_images else None, **hub)
         saved = {name: settings[name] for name in _SETTINGS if name in settings}
         return cls(image_processor, tokenizer, **{**saved, **overrides})
@@ -267,9 +280,9 @@ class NoteLLM2Processor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """The settings that `processor_config.json` holds."""
         settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
-        settings |= {"processor_class": type(self).__name__, "has_image_processor": self.image_processor is not None}
-        if getattr(self, "auto_map", None):
-            settings["auto_map"] = self.auto_map
+        settings["processor_class"] = type(self).__name__
+        if self.image_processor is not None:
+            settings["image_processor"] = _image_processor_dict(self.image_processor)
         return settings
 
     def __repr__(self) -> str:
@@ -296,16 +309,21 @@ class NoteLLM2Processor(ProcessorMixin):
             # Bounds the time a megabyte of text takes; no field of sensible text is cut here before it is cut below.
             text = text[: 64 * max_tokens]
         encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
+        unknown = self.tokenizer.unk_token_id
         ids: list[int] = []
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self._structure_ids:
-                # Some vocabularies can also merge plain letters into a control token; its letters one by one cannot be it.
-                letters = [
-                    self._text_tokenizer.encode(letter, add_special_tokens=False).ids for letter in text[start:end]
-                ]
-                ids += [i for letter_ids in letters for i in letter_ids if i not in self._structure_ids]
-            else:
+            if token_id not in self._structure_ids:
                 ids.append(token_id)
+                continue
+            # Some vocabularies also spell a control token in plain letters; its letters one by one cannot be it.
+            letters = [
+                letter_id
+                for letter in text[start:end]
+                for letter_id in self._text_tokenizer.encode(letter, add_special_tokens=False).ids
+                if letter_id == unknown or letter_id not in self._structure_ids
+            ]
+            # A run of letters that the vocabulary lacks is one unknown token, as it was.
+            ids += letters if set(letters) != {unknown} else [unknown]
         return ids[:max_tokens]
 
     @cached_property
@@ -314,15 +332,8 @@ class NoteLLM2Processor(ProcessorMixin):
 
     @cached_property
     def _structure_ids(self) -> frozenset[int]:
-        """Ids no text may produce: every added token and every special one, except the unknown token."""
-        ids = set(self.tokenizer.added_tokens_decoder) | set(self.tokenizer.all_special_ids)
-        return frozenset(ids - {self.tokenizer.unk_token_id})
-
-    @cached_property
-    def _padding_id(self) -> int:
-        """Padding is masked, so any token of the LLM will do where the tokenizer names none."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(token_id) for token_id in candidates if token_id is not None)
+        """Ids that no text may produce: every added token and every special one."""
+        return frozenset(self.tokenizer.added_tokens_decoder) | frozenset(self.tokenizer.all_special_ids)
 
     @cached_property
     def _leading_ids(self) -> list[int]:
@@ -336,7 +347,7 @@ class NoteLLM2Processor(ProcessorMixin):
         try:
             # One image a call: a failure names its note, and one note's image cannot change another's tensor.
             return dict(self.image_processor(images=[image], return_tensors="pt"))
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise NoteError(
                 f"notes[{note.index}].image of {image.width}x{image.height} pixels was refused by the image processor "
                 f"({error}): resize it, or leave the image out."
@@ -374,6 +385,13 @@ def _check_template(name: str, template: str) -> None:
         raise ValueError(f"{name}={template!r} must end in its own words: the last token is what the model reads.")
 
 
+def _shown(value: Any) -> str:
+    """A value in an error message, short however long the value is."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 200
+    return shortener.repr(os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
 def _as_mapping(note: Any, index: int) -> Mapping[str, Any]:
     if isinstance(note, Mapping):
         return note
@@ -382,8 +400,8 @@ def _as_mapping(note: Any, index: int) -> Mapping[str, Any]:
     if isinstance(note, Image.Image):
         return {"image": note}
     raise NoteError(
-        f"notes[{index}] is a {type(note).__name__}: pass a mapping with title, topics, content, image, or a string, or a "
-        "PIL image."
+        f"notes[{index}] is a {type(note).__name__}: pass a mapping with title, topics, content, image, or a string, "
+        "or a PIL image."
     )
 
 
@@ -394,11 +412,11 @@ def _field_text(value: Any, field: str, index: int) -> str:
     if field == "topics" and isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for topic in value:
             if not isinstance(topic, str):
-                raise NoteError(f"notes[{index}].topics holds {topic!r}: every topic must be a string.")
+                raise NoteError(f"notes[{index}].topics holds {_shown(topic)}: every topic must be a string.")
         value = ", ".join(value)
     if not isinstance(value, str):
         kind = "a string or a list of strings" if field == "topics" else "a string"
-        raise NoteError(f"notes[{index}].{field} is {value!r} ({type(value).__name__}): pass {kind}, or None.")
+        raise NoteError(f"notes[{index}].{field} is {_shown(value)} ({type(value).__name__}): pass {kind}, or None.")
     return " ".join(value.encode("utf-8", "replace").decode("utf-8").split())
 
 
@@ -410,12 +428,14 @@ def _image_reference(value: Any, index: int) -> Any:
         return None
     if isinstance(value, str | os.PathLike):
         if "://" in str(value):
-            raise NoteError(f"notes[{index}].image is the address {str(value)!r}: download it and pass a path.")
-        if not Path(value).is_file():
+            raise NoteError(f"notes[{index}].image is the address {_shown(value)}: download it and pass a path.")
+        if not os.path.isfile(value):
             raise NoteError(
-                f"notes[{index}].image: no file {str(value)!r}. Give an existing path, or None for no image."
+                f"notes[{index}].image: no file {_shown(value)}. Give an existing path, or None for no image."
             )
         return value
+    if isinstance(value, np.ndarray) and value.dtype != np.uint8:
+        raise NoteError(f"notes[{index}].image is an array of {value.dtype}: pass uint8 values from 0 to 255.")
     if isinstance(value, Image.Image | bytes | np.ndarray):
         return value
     raise NoteError(
@@ -441,10 +461,10 @@ def _decode_image(note: EncodedNote) -> Image.Image:
             return Image.alpha_composite(white, picture).convert("RGB")
         return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        shown = f"{value!r}" if isinstance(value, str | os.PathLike) else f"a {type(value).__name__}"
+        shown = _shown(value) if isinstance(value, str | os.PathLike) else f"a {type(value).__name__}"
         raise NoteError(
-            f"notes[{note.index}].image ({shown}) cannot be read ({error}): replace it, or set it to None to encode the "
-            "text alone."
+            f"notes[{note.index}].image ({shown}) cannot be read ({error}): replace it, or set it to None to encode "
+            "the text alone."
         ) from error
 
 
@@ -452,6 +472,15 @@ def _load_image_processor(source: str | os.PathLike | None, **hub: Any) -> Any:
     """The PIL backend wherever there is one: the torchvision backend resizes a little differently, and embeddings must
     not depend on whether torchvision is installed."""
     return None if source is None else AutoImageProcessor.from_pretrained(source, backend="pil", **hub)
+
+
+def _image_processor_dict(image_processor: Any) -> dict[str, Any]:
+    """What `AutoImageProcessor` needs to build the same image processor again."""
+    settings = json.loads(image_processor.to_json_string())
+    if "data_config" in settings:
+        # timm's image processor leaves its settings to the tower's config.json, which a checkpoint of ours has not.
+        settings["pretrained_cfg"] = settings.pop("data_config")
+    return settings
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Any vision tower of `transformers`, reduced to patch tokens and one pooled vector.
 
-What kind of output a tower has is read from its output and its configuration (feature map or token sequence, patch size,
-prefix tokens), never from the spelling of its name.
+What kind of output a tower has is read from its output and its configuration (feature map or token sequence, patch
+size, prefix tokens), never from the spelling of its name.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,8 @@ class VisionFeatures(NamedTuple):
 
     Attributes:
         patch_embeds: (N, P, d_v), the patches in raster order, without class or register tokens.
-        pooled_embeds: (N, d_v), one vector an image: the class token, else the tower's own pooling, else the mean patch.
+        pooled_embeds: (N, d_v), one vector an image: the class token, else the tower's own pooling, else the mean
+            patch.
         patch_attention_mask: (N, P) bool, True where a patch is real; `None` when all are.
     """
 
@@ -31,7 +32,8 @@ class VisionTower(nn.Module):
 
     Args:
         config: the encoder's configuration.
-        freeze: keep weights and batch statistics fixed and build no gradient (NoteLLM-2: "the visual encoder is frozen").
+        freeze: keep weights and batch statistics fixed and build no gradient (NoteLLM-2: "the visual encoder is
+            frozen").
     """
 
     def __init__(self, config: PreTrainedConfig, freeze: bool = True) -> None:
@@ -58,7 +60,7 @@ class VisionTower(nn.Module):
             pixel_attention_mask: (N, P), 1 where a patch is real; variable resolution only.
             spatial_shapes: (N, 2), rows and columns of patches; variable resolution only.
         """
-        inputs = {"pixel_values": pixel_values.to(dtype=self.model.dtype)}
+        inputs: dict[str, Tensor | None] = {"pixel_values": pixel_values.to(dtype=self.model.dtype)}
         if pixel_attention_mask is not None:
             inputs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
@@ -68,28 +70,33 @@ class VisionTower(nn.Module):
     def _reduce(self, output: object, pixel_values: Tensor, pixel_attention_mask: Tensor | None) -> VisionFeatures:
         states: Tensor = output.last_hidden_state  # type: ignore[attr-defined]
         pooler: Tensor | None = getattr(output, "pooler_output", None)
-        if states.dim() == 4:  # a feature map (N, d_v, H', W'): ConvNeXt, EfficientNet, ResNet
-            patches = states.flatten(2).transpose(1, 2)  # (N, P, d_v)
+        timm_model = getattr(self.model, "timm_model", None)
+        if states.dim() == 4:  # a feature map: ConvNeXt, EfficientNet, ResNet
+            channels_last = str(getattr(timm_model, "output_fmt", "NCHW")) == "NHWC"
+            patches = states.flatten(1, 2) if channels_last else states.flatten(2).transpose(1, 2)  # (N, P, d_v)
             # Some heads widen the pooled vector; only one of the patches' width is the same kind of feature.
-            same_width = pooler is not None and pooler.flatten(1).shape[-1] == patches.shape[-1]
-            return VisionFeatures(patches, pooler.flatten(1) if same_width and pooler is not None else patches.mean(1))
+            if pooler is None or pooler.flatten(1).shape[-1] != patches.shape[-1]:
+                return VisionFeatures(patches, patches.mean(1))
+            return VisionFeatures(patches, pooler.flatten(1))
         if pixel_attention_mask is not None:
             mask = pixel_attention_mask.bool()
             if pooler is None:
                 weights = mask.unsqueeze(-1).to(states.dtype)
                 pooler = (states * weights).sum(1) / weights.sum(1)
             return VisionFeatures(states, pooler, mask)
-        prefix = states.shape[1] - self._num_patches(pixel_values, states.shape[1])
-        patches = states[:, prefix:]
-        if prefix > 0:  # the class token comes first, registers (DINOv2) after it
+        if timm_model is not None:
+            # timm's transformers count their prefix tokens; whether one is a class token their own pooling knows.
+            num_prefix, has_class_token = int(getattr(timm_model, "num_prefix_tokens", 0)), False
+        else:
+            num_prefix = max(0, states.shape[1] - self._num_patches(pixel_values))
+            has_class_token = num_prefix > 0  # the class token comes first, registers (DINOv2) after it
+        patches = states[:, num_prefix:]
+        if has_class_token:
             return VisionFeatures(patches, states[:, 0])
         return VisionFeatures(patches, pooler if pooler is not None else patches.mean(1))
 
-    def _num_patches(self, pixel_values: Tensor, num_tokens: int) -> int:
-        patch_size = getattr(self.model.config, "patch_size", None)
-        if patch_size is None:
-            # timm's transformers keep no patch size in their configuration, but count their prefix tokens themselves.
-            return num_tokens - int(getattr(self.model.timm_model, "num_prefix_tokens", 0))
+    def _num_patches(self, pixel_values: Tensor) -> int:
+        patch_size = self.model.config.patch_size
         rows, columns = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         return int(pixel_values.shape[-2] // rows) * int(pixel_values.shape[-1] // columns)
 

@@ -129,11 +129,19 @@ def build_pairs(
     Returns:
         note_id (string), related_note_id (string), score (float64), rank (int32, from 1), sorted by note_id and rank.
         Equal scores are ranked by count, then by related_note_id, so that the same views give the same table.
+
+    Raises:
+        ValueError: memory_gb is not above 0.
     """
+    if not memory_gb > 0:
+        raise ValueError(f"memory_gb={memory_gb}: give a number above 0.")
     table = to_arrow(views)
     eligible = pc.unique(table["note_id"]) if note_ids is None else pa.array(sorted(set(note_ids)), pa.string())
     with tempfile.TemporaryDirectory(prefix="notellm2-pairs-") as spill:
-        settings = {"memory_limit": f"{memory_gb}GB", "temp_directory": spill}
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": f"{memory_gb}GB",
+            "temp_directory": spill,
+        }
         with duckdb.connect(config=settings) as connection:
             connection.register("views", table)
             connection.register("eligible", pa.table({"note_id": eligible}))

@@ -47,8 +47,8 @@ def ceilings(
         if note in others or len(np.unique(others)) != len(others):
             raise ValueError(f"related[{note}]={list(others)}: name each other note once and never the note itself.")
     n_related = np.array([len(others) for others in related])
-    queries = np.flatnonzero(n_related)
-    if not len(queries):
+    queries: list[int] = np.flatnonzero(n_related).tolist()
+    if not queries:
         raise ValueError("related: no note has a related note; build pairs with a lower threshold or more notes.")
 
     subject = np.unique(np.asarray(subjects), return_inverse=True)[1]

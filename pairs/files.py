@@ -42,7 +42,9 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
         try:
             return Dataset(_READERS[source.suffix](source, text_columns))
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a readable {source.suffix} table ({error}); repair or convert it.") from error
+            raise ValueError(
+                f"{path}: not a readable {source.suffix} table ({error}); repair or convert it."
+            ) from error
     if source.is_dir() and any((source / name).is_file() for name in ("state.json", "dataset_dict.json")):
         loaded = load_from_disk(str(source))
     elif source.is_dir() or _may_be_hub_id(path):

@@ -1,8 +1,8 @@
 """A simulated world of notes, users and views, of which the best possible result is known.
 
 A note has a subject, told by its text alone, and a look, shown by its picture alone; the two are independent. A user
-likes a few cells (subject, look), each for a week, and views notes of them, popular ones more often; some views are of
-any note. So two notes are truly related if they share subject *and* look, and
+likes one or a few cells (subject, look), each for a week, and views notes of them, popular ones more often; some views
+are of any note. So two notes are truly related if they share subject *and* look, and
 
 - who reads the text only cannot tell a related note from others of its subject,
 - who sees the picture only cannot tell it from others of its look,
@@ -42,15 +42,17 @@ class SimulationOptions:
     subjects: int = field(default=12, metadata={"help": f"number of subjects, at most {len(SUBJECTS)}"})
     looks: int = field(default=8, metadata={"help": f"number of looks, at most {len(LOOKS)}"})
     subject_words: int = field(
-        default=3, metadata={"help": f"words that a note says of the {WORDS_PER_SUBJECT} of its subject"}
+        default=5, metadata={"help": f"words that a note says of the {WORDS_PER_SUBJECT} of its subject"}
     )
     common_words: int = field(default=12, metadata={"help": "words that a note says and that tell nothing"})
     image_size: int = field(default=32, metadata={"help": "side of a picture, in pixels"})
-    users: int = field(default=2000, metadata={"help": "number of users"})
-    views_per_user: float = field(default=20.0, metadata={"help": "mean number of views of a user"})
-    cells_per_user: int = field(default=2, metadata={"help": "cells (subject, look) that a user likes"})
-    noise: float = field(default=0.1, metadata={"help": "share of views of any note instead of one of a liked cell"})
-    popularity: float = field(default=0.7, metadata={"help": "a note is viewed in proportion to 1 / rank ** POPULARITY"})
+    users: int = field(default=3000, metadata={"help": "number of users"})
+    views_per_user: float = field(default=15.0, metadata={"help": "mean number of views of a user"})
+    cells_per_user: int = field(default=1, metadata={"help": "cells (subject, look) that a user likes"})
+    noise: float = field(default=0.2, metadata={"help": "share of views of any note instead of one of a liked cell"})
+    popularity: float = field(
+        default=0.6, metadata={"help": "a note is viewed in proportion to 1 / rank ** POPULARITY"}
+    )
     weeks: int = field(default=4, metadata={"help": "weeks in which a liking begins; each lasts one week more"})
     seed: int = field(default=0, metadata={"help": "the same settings and seed give the same world"})
 
@@ -92,7 +94,7 @@ class World:
     views: Dataset
 
     def write(self, directory: str | Path) -> None:
-        """Writes notes.jsonl, views.csv and images/*.png into `directory`, readable by `load_notes` and `load_views`."""
+        """Writes notes.jsonl, views.csv and images/*.png into `directory`, for `load_notes` and `load_views`."""
         folder = Path(directory)
         (folder / "images").mkdir(parents=True, exist_ok=True)
         files = zip(self.notes["image"], self.pictures, strict=True)
@@ -193,7 +195,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(option, type=type(setting.default), default=setting.default, help=setting.metadata["help"])
     args = parser.parse_args(argv)
     try:
-        options = SimulationOptions(**{setting.name: getattr(args, setting.name) for setting in fields(SimulationOptions)})
+        options = SimulationOptions(
+            **{setting.name: getattr(args, setting.name) for setting in fields(SimulationOptions)}
+        )
     except ValueError as error:
         parser.error(str(error))
     world = simulate(options)

@@ -161,8 +161,8 @@ def related_indices(
     if missing == "error" and not pc.all(found, min_count=0).as_py():
         row = table.filter(pc.invert(found)).slice(0, 1).to_pylist()[0]
         raise ValueError(
-            f"pairs: ({row['note_id']!r}, {row['related_note_id']!r}) has a note outside the {len(note_ids)} notes given;"
-            " load the notes that these pairs were built on, or pass missing='drop'."
+            f"pairs: ({row['note_id']!r}, {row['related_note_id']!r}) has a note outside the {len(note_ids)} notes"
+            " given; load the notes that these pairs were built on, or pass missing='drop'."
         )
     anchor, other, rank = (
         column.filter(found).to_numpy().astype(np.int64) for column in (anchors, related, table["rank"])
@@ -214,7 +214,7 @@ def _texts(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _image_paths(table: pa.Table, path: str | Path) -> pa.ChunkedArray:

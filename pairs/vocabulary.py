@@ -31,9 +31,9 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         ruffle satin serger smocking spool tulle velvet waistband yoke corduroy tweed""".split()
     ),
     "fishing": tuple(
-        """rod reel bait trout tackle angler lure pike salmon hook carp bobber casting estuary perch waders sinker
-        bream catfish mackerel tide trawler riverbank chub creel dinghy eel flounder grayling halibut jig leader
-        minnow nymph pier roach sturgeon swivel tench zander""".split()
+        """rod reel bait trout tackle angler lure pike salmon hook carp bobber casting estuary perch waders sinker bream
+        catfish mackerel tide trawler riverbank chub creel dinghy eel flounder grayling halibut jig leader minnow nymph
+        pier roach sturgeon swivel tench zander""".split()
     ),
     "music": tuple(
         """guitar chord melody drummer piano rehearsal violin rhythm bassline vinyl concert chorus tempo orchestra cello
@@ -47,20 +47,20 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         soothing""".split()
     ),
     "camping": tuple(
-        """tent campfire backpack lantern hammock sleeping trailhead firewood tarp marshmallow canteen compass wilderness
-        caravan mosquito campsite ridge flysheet kindling bivouac ranger stove thermos awning bedroll carabiner cooler
-        daypack embers guyline headlamp insect matches outback poncho ridgeline stakes tinder waterproof
-        woodland""".split()
+        """tent campfire backpack lantern hammock sleeping trailhead firewood tarp marshmallow canteen compass
+        wilderness caravan mosquito campsite ridge flysheet kindling bivouac ranger stove thermos awning bedroll
+        carabiner cooler daypack embers guyline headlamp insect matches outback poncho ridgeline stakes tinder
+        waterproof woodland""".split()
     ),
     "chess": tuple(
-        """pawn bishop rook checkmate knight gambit endgame castling grandmaster queen opening blunder stalemate sicilian
-        zugzwang middlegame tactics elo skewer fianchetto promotion rapid blitz adjournment analysis attack board
-        caissa draw exchange fork initiative king line move outpost passed resign sacrifice tempi""".split()
+        """pawn bishop rook checkmate knight gambit endgame castling grandmaster queen opening blunder stalemate
+        sicilian zugzwang middlegame tactics elo skewer fianchetto promotion rapid blitz adjournment analysis attack
+        board caissa draw exchange fork initiative king line move outpost passed resign sacrifice tempi""".split()
     ),
     "finance": tuple(
         """savings mortgage dividend portfolio budget interest pension stocks inflation broker equity invoice tax ledger
-        bonds refinance credit audit deposit fund loan asset liability payroll annuity bank capital debt escrow
-        expense fiscal hedging income index lender premium revenue salary trust yield""".split()
+        bonds refinance credit audit deposit fund loan asset liability payroll annuity bank capital debt escrow expense
+        fiscal hedging income index lender premium revenue salary trust yield""".split()
     ),
     "parenting": tuple(
         """toddler diaper stroller bedtime lullaby playdate crib pacifier newborn teething kindergarten nap babysitter
@@ -74,8 +74,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     ),
     "pottery": tuple(
         """clay kiln glaze wheel stoneware porcelain slip bisque earthenware ceramic firing vase terracotta raku sculpt
-        throwing coil burnish celadon crackle enamel faience grog handle jug kneaded leatherhard mug oxide pinch
-        pitcher potter saggar sgraffito shard slab teapot trimming underglaze wedging""".split()
+        throwing coil burnish celadon crackle enamel faience grog handle jug kneaded leatherhard mug oxide pinch pitcher
+        potter saggar sgraffito shard slab teapot trimming underglaze wedging""".split()
     ),
     "birdwatching": tuple(
         """warbler binoculars plumage heron finch nest migration raptor songbird wingspan kestrel owl wetland feeder
@@ -84,21 +84,21 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     ),
     "coffee": tuple(
         """espresso latte barista roast beans grinder cappuccino arabica crema filter portafilter aeropress macchiato
-        brew aroma robusta demitasse cortado ristretto tamper affogato americano blend carafe chemex decaf
-        drip frother kettle lungo mocha percolator pourover puck steamed sumatra tasting thermosiphon whirl
-        yirgacheffe""".split()
+        brew aroma robusta demitasse cortado ristretto tamper affogato americano blend carafe chemex decaf drip frother
+        kettle lungo mocha percolator pourover puck steamed sumatra tasting thermosiphon whirl yirgacheffe""".split()
     ),
 }
 
 COMMON_WORDS: tuple[str, ...] = tuple(
-    """about again all always another anyone around away back beautiful because before best better big bit both bring
-    busy buy change cheap choose city clear close cold come cosy day dear different during early easy end enjoy enough
-    even ever every everything evening family far fast favourite feel few find first follow found fresh friend full fun
-    get gift give good great guide half happy have help here hope home honest hour how idea keep kind know large last
-    late learn less life like list little local long look lot love lovely make many maybe minute moment month more
-    morning most much my near need never new next nice nothing now often old once one only open other our outside own
-    part people perfect person photo place plan plenty pretty price quick quiet ready real really reason recommend
-    review right room same save season see set share short show simple slow small some soon special start still story
-    style such sunday take tell thank thing think time tip today together tomorrow too try under usual very visit wait
-    want warm way week weekend well while whole why winter wonder work worth year yesterday young your""".split()
+    """about again all always another anyone around away back beautiful because before best better big bit both
+    bring busy buy change cheap choose city clear close cold come cosy day dear different during early easy end
+    enjoy enough even ever every everything evening family far fast favourite feel few find first follow found fresh
+    friend full fun get gift give good great guide half happy have help here hope home honest hour how idea keep
+    kind know large last late learn less life like list little local long look lot love lovely make many maybe
+    minute moment month more morning most much my near need never new next nice nothing now often old once one only
+    open other our outside own part people perfect person photo place plan plenty pretty price quick quiet ready
+    real really reason recommend review right room same save season see set share short show simple slow small some
+    soon special start still story style such sunday take tell thank thing think time tip today together tomorrow
+    too try under usual very visit wait want warm way week weekend well while whole why winter wonder work worth
+    year yesterday young your""".split()
 )

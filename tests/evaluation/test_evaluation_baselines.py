@@ -1,6 +1,7 @@
 """Baselines: BM25 finds words, features of missing images are zero, and a head learns what it is shown."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,35 +41,45 @@ def test_encode_texts_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     folder = tmp_path_factory.mktemp("tower")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 
 def test_image_features_do_not_depend_on_the_batch_and_are_zero_without_image(
-    tower_folder: Path, tmp_path: Path
+    vit_folder: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)) for _ in range(4)]
     images[3].convert("L").save(tmp_path / "grey.png")
-    notes = [{"image": images[0]}, {"image": None}, {"image": images[1]}, {"image": str(tmp_path / "grey.png")}]
-    features = pooled_image_features(tower_folder, notes, batch_size=2)
+    notes: list[dict[str, Any]] = [
+        {"image": images[0]},
+        {"image": None},
+        {"image": images[1]},
+        {"image": str(tmp_path / "grey.png")},
+    ]
+    features = pooled_image_features(vit_folder, notes, batch_size=2)
     assert features.shape == (4, 16)
     assert features.dtype == np.float32
     assert [bool(row.any()) for row in features] == [True, False, True, True]
-    np.testing.assert_allclose(pooled_image_features(tower_folder, notes[2:], batch_size=1), features[2:], atol=1e-5)
+    np.testing.assert_allclose(pooled_image_features(vit_folder, notes[2:], batch_size=1), features[2:], atol=1e-5)
 
     with pytest.raises(ValueError, match="No note has an image"):
-        pooled_image_features(tower_folder, [{"title": "a"}])
+        pooled_image_features(vit_folder, [{"title": "a"}])
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"Note 1: image .*broken.jpg"):
-        pooled_image_features(tower_folder, [notes[0], {"image": str(tmp_path / "broken.jpg")}])
+        pooled_image_features(vit_folder, [notes[0], {"image": str(tmp_path / "broken.jpg")}])
 
 
 def attribute_task(num_notes: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:

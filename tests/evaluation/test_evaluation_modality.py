@@ -10,7 +10,7 @@ import pytest
 from evaluation.baselines import note_text
 from evaluation.modality import encode_with_modality, with_modality
 
-NOTES = [
+NOTES: list[dict[str, Any]] = [
     {"note_id": "a", "title": "Vase", "topics": ["glass"], "content": "Blue.", "image": "a.jpg"},
     {"note_id": "b", "title": " ", "topics": [], "content": None, "image": "b.jpg"},
     {"note_id": "c", "content": "No picture.", "image": None},

@@ -49,8 +49,13 @@ def arguments(folder: Path, *more: str) -> list[str]:
 def test_the_command_writes_one_row_a_baseline_and_modality(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loaded = []
-    monkeypatch.setattr(run, "load_model", lambda path: loaded.append(path) or ColourModel())
+    loaded: list[str] = []
+
+    def load_model(path: str) -> ColourModel:
+        loaded.append(path)
+        return ColourModel()
+
+    monkeypatch.setattr(run, "load_model", load_model)
     run.main(arguments(folder, "--model", "stub=some/folder", "--model", "other/folder"))
     assert loaded == ["some/folder", "other/folder"]
     report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))

@@ -1,0 +1,152 @@
+"""Join an LLM and a vision tower into an untrained NoteLLM-2 checkpoint.
+
+    python -m hub.compose --llm LLM --vision TOWER --output DIR
+
+The dataclass below is the one description of a composition: this command and `train/run.py` share it.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser
+
+from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+
+
+@dataclass
+class CompositionArguments:
+    """What a model is made of. Every ablation of the paper is a setting here."""
+
+    llm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the decoder LLM."})
+    vision: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the vision tower; without one the model is text-only."}
+    )
+    num_text_layers: int | None = field(
+        default=None, metadata={"help": "Keep only the first so many layers of the LLM (default: all)."}
+    )
+    prompt: Literal["micl", "basic", "text"] = field(
+        default="micl",
+        metadata={
+            "help": "micl: image half, then text half, each compressed into one word; basic: one prompt with the image "
+            "inside (the MLRM baseline); text: no visual tokens (late fusion only)."
+        },
+    )
+    language: Literal["en", "zh"] = field(default="en", metadata={"help": "Language of the prompt."})
+    connector: Literal["qformer", "mlp"] = field(
+        default="qformer", metadata={"help": "What turns patches into visual tokens; unused with --prompt text."}
+    )
+    num_visual_tokens: int = field(default=16, metadata={"help": "Visual tokens an image (L_c in the paper)."})
+    qformer_layers: int = field(default=6, metadata={"help": "Layers of the Q-Former."})
+    qformer_hidden_size: int = field(
+        default=768, metadata={"help": "Width of the Q-Former; a multiple of 64, the width of one attention head."}
+    )
+    late_fusion: Literal["scalar", "vector", "none"] = field(
+        default="scalar",
+        metadata={"help": "One predicted weight a note (the paper), one a dimension (the paper's code), or none."},
+    )
+    late_fusion_initial_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the image before training, between 0 and 1."}
+    )
+    late_fusion_normalize: bool = field(
+        default=True, metadata={"help": "Bring both sides of the gate to one norm (False: the paper's code)."}
+    )
+    embedding_dim: int = field(
+        default=64, metadata={"help": "Width of the note embedding; 0 keeps the LLM's width and adds no head."}
+    )
+    initial_temperature: float = field(
+        default=0.05, metadata={"help": "Softmax temperature of the contrastive loss before training."}
+    )
+    learnable_temperature: bool = field(default=True, metadata={"help": "Whether the temperature trains."})
+    max_title_tokens: int = field(default=32, metadata={"help": "Titles are cut to so many tokens."})
+    max_topics_tokens: int = field(default=32, metadata={"help": "Topics are cut to so many tokens."})
+    max_content_tokens: int = field(default=128, metadata={"help": "Contents are cut to so many tokens."})
+    composition_seed: int = field(default=0, metadata={"help": "Seed of everything that starts at random."})
+
+
+@dataclass
+class OutputArguments:
+    """Where the checkpoint goes."""
+
+    output: str = field(metadata={"help": "Folder for the checkpoint: weights, config, processor, tokenizer, code."})
+
+
+def compose(arguments: CompositionArguments) -> NoteLLM2Model:
+    """Build the untrained model that `arguments` describe, with its processor (`model.processor`).
+
+    Raises:
+        ValueError: no LLM, or settings that contradict one another.
+    """
+    if arguments.llm is None:
+        raise ValueError("llm is missing: give --llm a local folder or a Hub id of a decoder LLM.")
+    if arguments.qformer_hidden_size % 64:
+        raise ValueError(f"qformer_hidden_size={arguments.qformer_hidden_size} must be a multiple of 64.")
+    prompt = arguments.prompt if arguments.vision is not None else "text"
+    processor = NoteLLM2Processor.from_backbones(
+        arguments.llm,
+        arguments.vision,
+        prompt=prompt,
+        language=arguments.language,
+        num_visual_tokens=arguments.num_visual_tokens,
+        max_title_tokens=arguments.max_title_tokens,
+        max_topics_tokens=arguments.max_topics_tokens,
+        max_content_tokens=arguments.max_content_tokens,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.composition_seed)
+        return NoteLLM2Model.from_backbones(
+            arguments.llm,
+            arguments.vision,
+            num_text_layers=arguments.num_text_layers,
+            processor=processor,
+            connector=None if prompt == "text" else arguments.connector,
+            qformer_config={
+                "num_hidden_layers": arguments.qformer_layers,
+                "hidden_size": arguments.qformer_hidden_size,
+                "num_attention_heads": arguments.qformer_hidden_size // 64,
+                "intermediate_size": 4 * arguments.qformer_hidden_size,
+            },
+            late_fusion=None if arguments.late_fusion == "none" else arguments.late_fusion,
+            late_fusion_initial_weight=arguments.late_fusion_initial_weight,
+            late_fusion_normalize=arguments.late_fusion_normalize,
+            embedding_dim=arguments.embedding_dim or None,
+            initial_temperature=arguments.initial_temperature,
+            learnable_temperature=arguments.learnable_temperature,
+        )
+
+
+def save_checkpoint(model: NoteLLM2Model, output: str | os.PathLike) -> None:
+    """Write model, processor, tokenizer and code as one folder."""
+    model.save_pretrained(output)
+    model.processor.save_pretrained(output)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` as in `sys.argv[1:]`."""
+    parser = HfArgumentParser(
+        (CompositionArguments, OutputArguments), prog="python -m hub.compose", description=__doc__
+    )
+    arguments, output = parser.parse_args_into_dataclasses(argv)
+    try:
+        model = compose(arguments)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    save_checkpoint(model, output.output)
+    parameters = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_children()
+        if module is not None
+    }
+    files = sorted(path.name for path in Path(output.output).iterdir())
+    sys.stdout.write(
+        f"{output.output}: {', '.join(files)}\nparameters: {json.dumps(parameters)}\n"
+        f"The model is untrained: only its backbones know anything yet. Check it with: python -m hub.verify {output.output}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Tiny, randomly initialised backbones of the real classes, tokenizers of every kind, and other material of the tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModel,
+    BaseImageProcessor,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    ConvNextImageProcessor,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Siglip2ImageProcessor,
+    Siglip2VisionConfig,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    TimmWrapperConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from hub.tiny_backbones import save_random_model, train_tokenizer
+from modeling_notellm2 import NoteLLM2Model
+
+HIDDEN_SIZE = 32
+IMAGE_SIZE = 32
+PATCH_SIZE = 8
+NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+TEXTS = [
+    "Note content: {'title': 'Oak shelf in warm light', 'topic': 'home, wood', 'content': 'sanded, oiled and hung'}",
+    "Compress this note into one word: spicy noodles, garden tools, red shoes and a blue hat",
+    "笔记：标题 话题 内容 压缩为一个词",
+] * 10
+
+CONTROL_TOKENS = ["<|im_end|>", "</s>"]
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Qwen's kind: no begin-of-sequence token."""
+    return train_tokenizer(TEXTS, vocab_size=400)
+
+
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama 3's kind: byte-level, begin-of-sequence added by the post-processor."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def sentencepiece_tokenizer(prepend: bool = True) -> PreTrainedTokenizerFast:
+    """Llama 2's kind: spaces as "▁", one put in front of every text, byte fallback, `<s>` added.
+
+    Args:
+        prepend: by the normalizer (Llama 2's older files), otherwise by a `Metaspace` pre-tokenizer.
+    """
+    special_tokens = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special_tokens + [f"<0x{byte:02X}>" for byte in range(256)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if prepend:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = None
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose merges build the control tokens out of plain letters."""
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges: list[tuple[str, str]] = []
+    for token in CONTROL_TOKENS:
+        for end in range(2, len(token) + 1):
+            if token[:end] not in vocab:
+                merges.append((token[: end - 1], token[end - 1]))
+                vocab[token[:end]] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Like GPT-2's, its end-of-sequence token is its unknown token, too.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="</s>", additional_special_tokens=["<|im_end|>"]
+    )
+
+
+def unigram_tokenizer() -> PreTrainedTokenizerFast:
+    """A Unigram model, whose control tokens are pieces of its vocabulary like any other."""
+    letters = sorted({letter for text in TEXTS for letter in text} - {" "})
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "byte_level": byte_level_tokenizer,
+    "bos": bos_tokenizer,
+    "prepend": sentencepiece_tokenizer,
+    "metaspace": lambda: sentencepiece_tokenizer(prepend=False),
+    "merging": merging_tokenizer,
+    "unigram": unigram_tokenizer,
+}
+
+_LLM_SIZES = {
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+# Each LLM: its configuration class, the settings of a tiny one, and a tokenizer of the kind it comes with.
+LLMS: dict[str, tuple[type[PreTrainedConfig], dict, str]] = {
+    "llama": (LlamaConfig, _LLM_SIZES, "byte_level"),
+    "qwen2": (Qwen2Config, _LLM_SIZES, "byte_level"),
+    "qwen3": (Qwen3Config, {**_LLM_SIZES, "head_dim": 8}, "byte_level"),
+    # A window shorter than the prompts, on the first of the two layers.
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            **_LLM_SIZES,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "metaspace",
+    ),
+    "phi3": (Phi3Config, {**_LLM_SIZES, "pad_token_id": None}, "prepend"),
+    "mistral": (MistralConfig, {**_LLM_SIZES, "sliding_window": 16}, "bos"),
+    "gpt2": (GPT2Config, {"n_embd": HIDDEN_SIZE, "n_layer": 2, "n_head": 4, "n_positions": 512}, "merging"),
+}
+
+
+def save_llm(name: str, folder: Path) -> Path:
+    """Save the tiny LLM `name` of `LLMS` with its tokenizer."""
+    config_class, settings, tokenizer_name = LLMS[name]
+    tokenizer = TOKENIZERS[tokenizer_name]()
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    save_random_model(config_class(vocab_size=len(tokenizer), **{**tokens, "pad_token_id": None, **settings}), folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_VIT_SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+_DINO_SIZES = {key: value for key, value in _VIT_SIZES.items() if key != "intermediate_size"}
+_SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+TOWERS: dict[str, Callable[[], tuple[PreTrainedConfig, BaseImageProcessor]]] = {
+    "clip": lambda: (CLIPVisionConfig(**_VIT_SIZES), CLIPImageProcessor(size=_SIZE, crop_size=_SIZE)),
+    "clip_dual": lambda: (
+        CLIPConfig(
+            text_config={**_VIT_SIZES, "vocab_size": 50, "max_position_embeddings": 16},
+            vision_config=_VIT_SIZES,
+            projection_dim=16,
+        ),
+        CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=_SIZE),
+    ),
+    "siglip": lambda: (SiglipVisionConfig(**_VIT_SIZES), SiglipImageProcessor(size=_SIZE)),
+    "siglip2": lambda: (
+        Siglip2VisionConfig(**{**_VIT_SIZES, "num_patches": NUM_PATCHES}),
+        Siglip2ImageProcessor(patch_size=PATCH_SIZE, max_num_patches=NUM_PATCHES),
+    ),
+    "dinov2": lambda: (
+        Dinov2Config(**_DINO_SIZES),
+        BitImageProcessor(size={"shortest_edge": 40}, crop_size=_SIZE),
+    ),
+    "dinov2_with_registers": lambda: (
+        Dinov2WithRegistersConfig(**_DINO_SIZES, num_register_tokens=3),
+        BitImageProcessor(size={"shortest_edge": 40}, crop_size=_SIZE),
+    ),
+    "vit": lambda: (ViTConfig(**_VIT_SIZES), ViTImageProcessor(size=_SIZE)),
+    "convnext": lambda: (
+        ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], image_size=64),
+        ConvNextImageProcessor(size={"shortest_edge": 64}),
+    ),
+    "timm_cnn": lambda: _timm("test_efficientnet"),
+    "timm_vit": lambda: _timm("test_vit"),  # a class token
+    "timm_vit_registers": lambda: _timm("test_vit2"),  # a register, no class token
+    "timm_channels_last": lambda: _timm("test_mambaout"),
+}
+
+
+def _timm(architecture: str) -> tuple[PreTrainedConfig, BaseImageProcessor]:
+    import timm
+    from transformers import TimmWrapperImageProcessor
+
+    model = timm.create_model(architecture, pretrained=False)
+    settings = {**model.pretrained_cfg, "input_size": [3, 64, 64], "crop_pct": 1.0}
+    model_args = {"img_size": 64} if "vit" in architecture else None
+    config = TimmWrapperConfig(architecture=architecture, model_args=model_args)
+    config.pretrained_cfg = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    config.num_features = model.num_features
+    return config, TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=architecture)
+
+
+def save_tower(name: str, folder: Path) -> Path:
+    """Save the tiny vision tower `name` of `TOWERS` with its image processor."""
+    config, image_processor = TOWERS[name]()
+    save_random_model(config, folder)
+    image_processor.save_pretrained(folder)
+    assert AutoModel.from_pretrained(folder).config.model_type == config.model_type
+    return folder
+
+
+QFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def random_picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A picture of random colours in large spots, so that resizing does not average it to grey."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    spots = np.random.default_rng(seed).integers(0, 256, (3, 4, channels), dtype=np.uint8)
+    picture = Image.fromarray(spots.squeeze(-1) if channels == 1 else spots, mode=None if channels < 4 else mode)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def move(model: NoteLLM2Model) -> None:
+    """Add noise to every parameter of every part, the backbones included."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale":
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def save(model: NoteLLM2Model, folder: Path) -> Path:
+    """Save a model and its processor."""
+    model.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    return folder

@@ -1,0 +1,202 @@
+"""Loaders accept what they promise, refuse the rest by name, and tables survive being written and moved."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from pairs.tables import load_notes, load_pairs, load_views, related_indices, write_table
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_csv_notes_keep_ids_as_text_and_resolve_images(tmp_path):
+    path = write_lines(
+        tmp_path / "notes.csv",
+        "note_id,title,topics,content,image,likes",
+        '007,,"a, b","two\nlines",images/7.png,3',
+        "8,Eight,,,,4",
+    )
+    notes = load_notes(path)
+    assert notes[0] == {
+        "note_id": "007",
+        "title": "",
+        "topics": "a, b",
+        "content": "two\nlines",
+        "image": str(tmp_path / "images" / "7.png"),
+        "likes": 3,
+    }
+    assert notes[1]["image"] is None and notes[1]["topics"] == ""
+    assert notes.column_names[:5] == ["note_id", "title", "topics", "content", "image"]
+
+
+def test_missing_columns_become_empty_texts_and_null_images(tmp_path):
+    notes = load_notes(write_lines(tmp_path / "notes.jsonl", '{"note_id": 1, "more": [1, 2]}', "", '{"note_id": "b"}'))
+    assert notes[0] == {"note_id": "1", "title": "", "topics": "", "content": "", "image": None, "more": [1, 2]}
+    assert notes.features["image"] == Value("string")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_topics_may_be_lists(tmp_path, suffix):
+    table = {"note_id": ["a", "b", "c"], "topics": [["x", "y"], [], None]}
+    write_table(Dataset.from_dict(table), tmp_path / f"notes{suffix}")
+    notes = load_notes(tmp_path / f"notes{suffix}")
+    assert notes["topics"][:] == [["x", "y"], [], []]
+    assert notes.features["topics"] == List(Value("string"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_written_notes_move_with_their_images(tmp_path, suffix):
+    image = tmp_path / "old" / "images" / "a.png"
+    image.parent.mkdir(parents=True)
+    PILImage.new("RGB", (2, 2)).save(image)
+    notes = Dataset.from_dict({"note_id": ["a", "b"], "title": ["", "1999-01-01"], "image": [str(image), None]})
+    write_table(notes, tmp_path / "old" / "tables" / f"notes{suffix}")
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    loaded = load_notes(tmp_path / "new" / "tables" / f"notes{suffix}")
+    assert loaded["image"][:] == [str(tmp_path / "new" / "images" / "a.png"), None]
+    assert loaded["title"][:] == ["", "1999-01-01"]
+    assert [file.name for file in (tmp_path / "new" / "tables").iterdir()] == [f"notes{suffix}"]
+
+
+def test_image_features_stay(tmp_path):
+    features = Features({"note_id": Value("int64"), "image": Image()})
+    notes = Dataset.from_dict({"note_id": [5], "image": [PILImage.new("RGB", (3, 2), "red")]}, features=features)
+    notes.save_to_disk(tmp_path / "saved")
+    write_table(load_notes(tmp_path / "saved"), tmp_path / "notes.parquet")
+    loaded = load_notes(tmp_path / "notes.parquet")
+    assert loaded[0]["note_id"] == "5"
+    assert loaded[0]["image"].size == (3, 2) and loaded[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["note_id,title", "a,x", "a,y"], "rows 1 and 2: 'note_id' 'a' twice"),
+        (["note_id,title", "a,x", ",y"], "row 2: 'note_id' is empty"),
+        (["id,title", "a,x"], "no column 'note_id'"),
+        (["note_id,image", "a,https://host/a.png"], "row 1: 'image' 'https://host/a.png' is a URL; download"),
+        (["note_id,title", "a,x,z"], "not a readable .csv table"),
+    ],
+)
+def test_bad_notes_are_refused(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        load_notes(write_lines(tmp_path / "notes.csv", *lines))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"note_id": "a"}', "{"], "line 2: not JSON"),
+        (["[1]"], "line 1: list found"),
+        (['{"note_id": "a", "topics": "x"}', '{"note_id": "b", "topics": ["y"]}'], "column 'topics' mixes types"),
+        (['{"note_id": "a", "title": {"en": "x"}}'], "column 'title' is struct.*make it text"),
+        (['{"note_id": "a", "topics": [1]}'], "column 'topics' is list"),
+    ],
+)
+def test_bad_json_lines_are_refused(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        load_notes(write_lines(tmp_path / "notes.jsonl", *lines))
+
+
+def test_tables_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_notes(tmp_path / "notes.csv")
+    with pytest.raises(ValueError, match=r"unknown kind of table '.xlsx'"):
+        load_notes(write_lines(tmp_path / "notes.xlsx", "x"))
+    with pytest.raises(ValueError, match=r"unknown kind of table '.xlsx'"):
+        write_table(Dataset.from_dict({"note_id": ["a"]}), tmp_path / "notes.xlsx")
+
+
+def test_a_failed_write_leaves_the_old_table(tmp_path):
+    path = write_lines(tmp_path / "notes.csv", "note_id", "old")
+    with pytest.raises(ValueError, match="column 'topics' .* cannot be written as CSV"):
+        write_table(Dataset.from_dict({"note_id": ["a"], "topics": [["x"]]}), path)
+    assert load_notes(path)["note_id"][:] == ["old"]
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.csv"]
+
+
+def test_timestamps_in_every_spelling(tmp_path):
+    times = ["86400", "1970-01-02", "1970-01-02T00:00:00Z", "1970-01-02T02:00:00.9+02:00", "1969-12-31T23:59:59.5"]
+    path = write_lines(tmp_path / "views.csv", "user_id,note_id,timestamp", *(f"1,02,{time}" for time in times))
+    views = load_views(path)
+    assert views["timestamp"][:] == [86400, 86400, 86400, 86400, -1]
+    assert views.features == Features(user_id=Value("string"), note_id=Value("string"), timestamp=Value("int64"))
+    assert views[0]["note_id"] == "02"
+
+
+def test_timestamps_of_typed_tables(tmp_path):
+    micros = pa.array([-1, 1_500_000], pa.timestamp("us", "Europe/Berlin"))
+    for times in (micros, pa.array([-1, 1], pa.int32()), pa.array(["-1", "1"])):
+        Dataset(pa.table({"user_id": [1, 2], "note_id": [3, 4], "timestamp": times})).to_parquet(tmp_path / "v.parquet")
+        assert load_views(tmp_path / "v.parquet")["timestamp"][:] == [-1, 1]
+    rows = [{"user_id": 1, "note_id": 2, "timestamp": time} for time in (1, "1970-01-01T00:00:02")]
+    path = write_lines(tmp_path / "views.jsonl", *map(json.dumps, rows))
+    assert load_views(path)["timestamp"][:] == [1, 2]
+
+
+def test_views_without_rows(tmp_path):
+    views = load_views(write_lines(tmp_path / "views.csv", "user_id,note_id,timestamp"))
+    assert len(views) == 0 and views.features["timestamp"] == Value("int64")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("u,n,yesterday", "row 2: 'timestamp' 'yesterday' is no time; give whole seconds since 1970 or ISO 8601"),
+        ("u,n,1.5", "row 2: 'timestamp' '1.5' is no time"),
+        ("u,n,", "row 2: 'timestamp' '' is no time"),
+        ("u,n,1700000000000", "row 2: 'timestamp' is beyond the year 5000: milliseconds"),
+        (",n,1", "row 2: 'user_id' is empty"),
+        ("u,,1", "row 2: 'note_id' is empty"),
+    ],
+)
+def test_bad_views_are_refused(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        load_views(write_lines(tmp_path / "views.csv", "user_id,note_id,timestamp", "u,n,1", row))
+
+
+def test_pairs_round_trip(tmp_path):
+    pairs = Dataset.from_dict({"note_id": ["1"], "related_note_id": ["02"], "score": [0.1], "rank": [1]})
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        write_table(pairs, tmp_path / f"pairs{suffix}")
+        loaded = load_pairs(tmp_path / f"pairs{suffix}")
+        assert loaded[:] == pairs[:]
+        assert (loaded.features["score"], loaded.features["rank"]) == (Value("float64"), Value("int32"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a,a,1,1", "row 1: 'related_note_id' is the note itself"),
+        ("a,b,1,0", "row 1: 'rank' is below 1"),
+        ("a,b,high,1", "column 'score' is not double"),
+        ("a,b,1,", "row 1: 'rank' is empty"),
+    ],
+)
+def test_bad_pairs_are_refused(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        load_pairs(write_lines(tmp_path / "pairs.csv", "note_id,related_note_id,score,rank", row))
+
+
+def test_related_indices_are_in_rank_order():
+    rows = [("b", "a", 2), ("b", "c", 1), ("a", "b", 1), ("b", "x", 3), ("x", "a", 1)]
+    note_ids, related_ids, ranks = zip(*rows, strict=True)
+    pairs = Dataset.from_dict(
+        {"note_id": note_ids, "related_note_id": related_ids, "score": [1.0] * 5, "rank": list(ranks)}
+    )
+    related = related_indices(["a", "b", "c"], pairs, missing="drop")
+    assert [indices.tolist() for indices in related] == [[1], [2, 0], []]
+    assert all(indices.dtype == np.int64 for indices in related)
+    with pytest.raises(ValueError, match=r"\('b', 'x'\) has a note outside the 3 notes given"):
+        related_indices(["a", "b", "c"], pairs)
+    with pytest.raises(ValueError, match="'a' twice"):
+        related_indices(["a", "a"], pairs)
+    assert related_indices([], pairs, missing="drop") == []

@@ -1,0 +1,1 @@
+"""Contrastive training of NoteLLM-2 on pairs of related notes."""

@@ -1,0 +1,163 @@
+"""Settings of a training run, each with its meaning for `--help`, and how a YAML file and the command line meet."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hub.compose import CompositionArguments
+from pairs.build import PairOptions
+from pairs.simulate import SimulationOptions
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "simulated.yaml"
+
+
+@dataclass
+class DataArguments:
+    """Which notes to train on, and what makes two of them related."""
+
+    notes: str | None = field(
+        default=None,
+        metadata={
+            "help": "Table of notes (CSV, JSON lines, Parquet, a folder or Hub id): note_id, title, topics, content, "
+            "image. Without one the simulated world is used."
+        },
+    )
+    views: str | None = field(default=None, metadata={"help": "Table of views: user_id, note_id, timestamp."})
+    num_simulated_notes: int = field(default=2000, metadata={"help": "Size of the simulated world."})
+    pair_window_days: float = field(
+        default=7.0, metadata={"help": "A user views two related notes within this many days."}
+    )
+    pair_direction: Literal["both", "forward"] = field(
+        default="both", metadata={"help": "Whether the order of two views matters."}
+    )
+    pair_score: Literal["cosine", "count"] = field(
+        default="cosine",
+        metadata={
+            "help": "count: users who viewed both; cosine: that, divided by sqrt(users of one · users of the other)."
+        },
+    )
+    pair_min_score: float = field(default=0.0, metadata={"help": "Drop pairs that score lower."})
+    pair_min_count: int = field(default=1, metadata={"help": "Drop pairs that fewer users viewed."})
+    pair_top_k: int = field(default=10, metadata={"help": "Related notes kept of each note."})
+    validation_share: float = field(default=0.1, metadata={"help": "Share of the notes kept for validation."})
+    test_share: float = field(default=0.25, metadata={"help": "Share of the notes kept for the test."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the split of notes."})
+
+    def __post_init__(self) -> None:
+        if (self.notes is None) != (self.views is None):
+            raise ValueError(f"notes={self.notes!r} and views={self.views!r} go together: give both, or neither.")
+
+    @property
+    def pair_options(self) -> PairOptions:
+        """The pair settings as `pairs.build` takes them."""
+        return PairOptions(
+            window_days=self.pair_window_days,
+            direction=self.pair_direction,
+            score=self.pair_score,
+            min_score=self.pair_min_score,
+            min_count=self.pair_min_count,
+            top_k=self.pair_top_k,
+        )
+
+    @property
+    def simulation_options(self) -> SimulationOptions:
+        """The simulated world to use where there are no notes."""
+        return SimulationOptions(notes=self.num_simulated_notes)
+
+
+@dataclass
+class NoteLLM2TrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, and what NoteLLM-2 adds."""
+
+    output_dir: str = field(default="runs/notellm2", metadata={"help": "Folder of checkpoints, logs, data and report."})
+    llm_tuning: Literal["frozen", "lora", "full"] = field(
+        default="frozen",
+        metadata={
+            "help": "frozen: train connector, fusion, <IMG_EMB> and head only (the paper's description); lora: also LoRA "
+            "adapters on the LLM; full: the whole LLM (the paper's code)."
+        },
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters, divided by the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the LoRA adapters."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "LLM modules to adapt: all-linear, or a regular expression."}
+    )
+    visual_loss_weight: float = field(
+        default=1 / 9,
+        metadata={"help": "α in L = (L_m + α·L_v) / (1 + α), the weight of the loss on n_v (mICL prompts only)."},
+    )
+    connector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of connector, <IMG_EMB>, head and temperature (default: learning_rate)."},
+    )
+    fusion_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the gate and its projection (default: learning_rate)."}
+    )
+    eval_ks: list[int] = field(default_factory=lambda: [10, 100], metadata={"help": "Cut-offs of Recall@K and NDCG@K."})
+    report_to: str | None = field(
+        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, …, all or none."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: notes are mappings, not columns of tensors."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["note_index"], metadata={"help": "Inputs that are no inputs of the model."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.visual_loss_weight < 0:
+            raise ValueError(f"visual_loss_weight={self.visual_loss_weight} must not be negative (the paper: 1/9).")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the notes: leave it False.")
+
+    def lora_settings(self) -> dict[str, Any]:
+        """Arguments of `peft.LoraConfig`."""
+        return {
+            "r": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.lora_target_modules,
+        }
+
+
+_KINDS = (CompositionArguments, DataArguments, NoteLLM2TrainingArguments)
+Arguments = tuple[CompositionArguments, DataArguments, NoteLLM2TrainingArguments]
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Read `[CONFIG.yaml] [--option value …]`; the command line wins. Without a file: `configs/simulated.yaml`.
+
+    Ends the process with a message that names the option, as a command should, where something is wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(
+        list(_KINDS),
+        prog="accelerate launch train/run.py [CONFIG.yaml]",
+        description="Train NoteLLM-2. Options may stand in a YAML file, and on the command line, which wins. Without any, "
+        "the embedded example runs: simulated notes, users and views, tiny backbones, under five minutes on two cores.",
+    )
+    config = DEFAULT_CONFIG
+    if argv and not argv[0].startswith("-"):
+        config, argv = Path(argv[0]), argv[1:]
+    if not config.is_file():
+        parser.error(f"config={str(config)!r} does not exist: give a YAML file such as configs/movies.yaml")
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    known = {option.name for kind in _KINDS for option in fields(kind) if option.init}
+    for name in settings:
+        if name not in known:
+            parser.error(f"{config} sets {name!r}, which is no option; see --help")
+    parser.set_defaults(**settings)
+    try:
+        composition, data, training = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        parser.error(str(error))
+    return composition, data, training
+
+
+__all__ = ["Arguments", "DataArguments", "NoteLLM2TrainingArguments", "parse_arguments"]

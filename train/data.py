@@ -1,0 +1,103 @@
+"""From tables to batches: pairs of notes for training, single notes for evaluation, and the collator for both."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset as Table
+from torch.utils.data import Dataset
+from transformers import BatchFeature
+
+from modeling_notellm2 import NoteLLM2Processor
+from train.losses import RelatedNotes
+
+
+@dataclass
+class NoteGroup:
+    """Notes that belong together: one for evaluation, the two of a related pair for training.
+
+    Attributes:
+        notes: the notes.
+        indices: their rows in the table of notes, which is how the loss and the metrics know them.
+    """
+
+    notes: list[Mapping[str, Any]]
+    indices: list[int]
+
+
+class PairDataset(Dataset[NoteGroup]):
+    """Every unordered pair of related notes once.
+
+    The loss treats both notes alike, so that (a, b) and (b, a) of a table of pairs are one example.
+
+    Args:
+        notes: table of notes with `note_id`.
+        pairs: table with `note_id` and `related_note_id`.
+
+    Raises:
+        ValueError: no pairs, or a pair of a note that the table of notes lacks.
+    """
+
+    def __init__(self, notes: Table, pairs: Table) -> None:
+        row_of = {note_id: row for row, note_id in enumerate(notes["note_id"])}
+        unordered: dict[tuple[int, int], None] = {}  # a dictionary keeps the order, a set would not
+        for first, second in zip(pairs["note_id"], pairs["related_note_id"], strict=True):
+            for note_id in (first, second):
+                if note_id not in row_of:
+                    raise ValueError(
+                        f"pairs name the note {note_id!r}, which the notes lack: build the pairs of these notes."
+                    )
+            a, b = sorted((row_of[first], row_of[second]))
+            unordered[a, b] = None
+        if not unordered:
+            raise ValueError("there are no pairs to train on: lower min_score or min_count, or bring more views.")
+        self.notes = notes
+        self.pairs = list(unordered)
+
+    @property
+    def related(self) -> RelatedNotes:
+        """All these pairs, for the loss."""
+        return RelatedNotes(self.pairs, len(self.notes))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, position: int) -> NoteGroup:
+        a, b = self.pairs[position]
+        return NoteGroup([self.notes[a], self.notes[b]], [a, b])
+
+
+class NoteDataset(Dataset[NoteGroup]):
+    """Every note of a table once, for evaluation."""
+
+    def __init__(self, notes: Table) -> None:
+        self.notes = notes
+
+    def __len__(self) -> int:
+        return len(self.notes)
+
+    def __getitem__(self, position: int) -> NoteGroup:
+        return NoteGroup([self.notes[position]], [position])
+
+
+@dataclass
+class NoteCollator:
+    """Groups of notes ─► one batch: the first notes of all groups, then the second ones.
+
+    Attributes:
+        processor: the model's processor.
+    """
+
+    processor: NoteLLM2Processor
+
+    def __call__(self, groups: Sequence[NoteGroup]) -> BatchFeature:
+        """Returns the processor's tensors and `note_index` (B,) int64."""
+        width = len(groups[0].notes)
+        notes = [group.notes[i] for i in range(width) for group in groups]
+        batch = self.processor(notes)
+        batch["note_index"] = torch.tensor([group.indices[i] for i in range(width) for group in groups])
+        return batch
+
+
+__all__ = ["NoteCollator", "NoteDataset", "NoteGroup", "PairDataset"]

@@ -1,0 +1,196 @@
+"""Train NoteLLM-2 from notes and views, and say what it learned.
+
+    accelerate launch train/run.py [CONFIG.yaml] [--option value …]
+
+Without arguments: a simulated world, tiny backbones, training and evaluation in under five minutes on two CPU cores.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import PartialState
+from datasets import Dataset as Table
+from transformers import AutoModel, set_seed
+
+from evaluation.report import ReportRow, collect_facts, text_table, write_report
+from evaluation.run import evaluate_baselines, evaluate_model
+from hub.compose import CompositionArguments, compose
+from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
+from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2.processing_notellm2 import prompt_template
+from pairs.ceilings import ceilings
+from pairs.simulate import simulate
+from pairs.split import NotesAndPairs, load_split, make_splits
+from pairs.tables import load_notes, load_views, related_indices
+from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
+from train.data import NoteDataset, PairDataset
+from train.trainer import NoteLLM2Trainer
+
+logger = logging.getLogger("train")
+
+WELCOME = """
+Saved to {folder}. Use it:
+
+    import modeling_notellm2
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained("{folder}")
+    embeddings = model.encode([{{"title": "…", "topics": ["…"], "content": "…", "image": "picture.jpg"}}])
+
+Check that it stands on its own:  python -m hub.verify {folder}
+Watch the curves:                 tensorboard --logdir {folder}
+Training pairs, test notes and the table above are in {folder}/data and {folder}/report.
+"""
+
+
+def prepare_data(data: DataArguments, folder: Path) -> None:
+    """Write train, validation and test notes and pairs into `folder`/data, simulating a world where none is given."""
+    notes_file, views_file = data.notes, data.views
+    if notes_file is None or views_file is None:
+        logger.info("Simulating %d notes, their pictures and their views", data.num_simulated_notes)
+        simulate(data.simulation_options).write(folder / "world")
+        notes_file, views_file = str(folder / "world" / "notes.jsonl"), str(folder / "world" / "views.csv")
+    logger.info("Building related pairs from %s", views_file)
+    make_splits(
+        load_notes(notes_file),
+        load_views(views_file),
+        data.pair_options,
+        validation=data.validation_share,
+        test=data.test_share,
+        seed=data.split_seed,
+        output_dir=folder / "data",
+    )
+
+
+def tiny_composition(composition: CompositionArguments, notes: Table, folder: Path) -> CompositionArguments:
+    """The same composition on tiny backbones, with a tokenizer trained on `notes` in their prompt."""
+    template = prompt_template("micl", composition.language)
+    texts = [
+        template.replace("{title}", note["title"])
+        .replace("{topics}", ", ".join(note["topics"]))
+        .replace("{content}", note["content"])
+        for note in notes
+    ]
+    settings = asdict(composition)
+    settings["llm"] = str(save_tiny_llm(texts, folder / "llm"))
+    settings["vision"] = str(save_tiny_vision_tower(folder / "vision"))
+    return CompositionArguments(**settings)
+
+
+def related_of(split: NotesAndPairs) -> list[np.ndarray]:
+    """For each note of a split the positions of its related notes."""
+    return related_indices(list(split.notes["note_id"]), split.pairs)
+
+
+def ceiling_rows(notes: Table, related: Sequence[np.ndarray], ks: Sequence[int]) -> list[ReportRow]:
+    """What perfect knowledge of the simulated text, picture or both would reach; nothing for real notes."""
+    if not {"subject", "look"} <= set(notes.column_names):
+        return []
+    best = ceilings(notes["subject"], notes["look"], related, ks)
+    return [ReportRow("best possible", modality, metrics) for modality, metrics in best.items()]
+
+
+def save_settings(folder: Path, arguments: Sequence[Any]) -> None:
+    """Record every setting of the run beside its checkpoint."""
+    composition, data, training = arguments
+    settings = {"composition": asdict(composition), "data": asdict(data), "training": training.to_dict()}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+
+
+def train(
+    composition: CompositionArguments, data: DataArguments, training: NoteLLM2TrainingArguments
+) -> list[ReportRow]:
+    """Run everything: data, model, training, evaluation. Returns the rows of the final table (main process only)."""
+    folder, state = Path(training.output_dir), PartialState()
+    set_seed(training.seed)
+    simulated = data.notes is None
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare_data(data, folder)
+    state.wait_for_everyone()
+    splits = {name: load_split(folder / "data", name) for name in ("train", "validation", "test")}
+    test, test_related = splits["test"], related_of(splits["test"])
+
+    if composition.llm is None and simulated:
+        if state.is_main_process:
+            composition = tiny_composition(composition, splits["train"].notes, folder / "backbones")
+        state.wait_for_everyone()
+        composition.llm, composition.vision = str(folder / "backbones" / "llm"), str(folder / "backbones" / "vision")
+    logger.info("Composing %s and %s", composition.llm, composition.vision)
+    model = compose(composition)
+    trainer = NoteLLM2Trainer(
+        model=model,
+        args=training,
+        train_dataset=PairDataset(*splits["train"]),
+        eval_dataset=NoteDataset(splits["validation"].notes),
+        eval_related=related_of(splits["validation"]),
+    )
+    if state.is_main_process:
+        save_settings(folder, (composition, data, training))
+
+    rows: list[ReportRow] = []
+    if state.is_main_process:
+        notes, ks = list(test.notes), training.eval_ks
+        logger.info("Measuring baselines and the untrained model on %d test notes", len(notes))
+        rows += evaluate_baselines(notes, test_related, ["chance", "bm25"], ks=ks)
+        rows += ceiling_rows(test.notes, test_related, ks)
+        batch_size = training.per_device_eval_batch_size
+        rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(
+        "Training %d of %d parameters (LLM: %s) on %d pairs of %d notes",
+        trainable,
+        model.num_parameters(),
+        training.llm_tuning,
+        len(trainer.train_dataset),
+        len(splits["train"].notes),
+    )
+    result = trainer.train(resume_from_checkpoint=_resume_from(training))
+    trainer.save_model()
+    trainer.save_state()
+
+    if state.is_main_process:
+        saved: NoteLLM2Model = AutoModel.from_pretrained(folder).to(model.device)  # what was saved is what is measured
+        rows += evaluate_model(saved, notes, test_related, name="trained", ks=ks, batch_size=batch_size)
+        facts = collect_facts(
+            command=" ".join(["accelerate launch", *sys.argv]),
+            test_notes=len(notes),
+            train_notes=len(splits["train"].notes),
+            train_pairs=len(trainer.train_dataset),
+            steps=trainer.state.global_step,
+            train_seconds=round(result.metrics["train_runtime"], 1),
+            best_step=trainer.state.best_global_step,
+            temperature=round(saved.temperature, 4),
+        )
+        write_report(folder / "report", rows, facts)
+    return rows
+
+
+def _resume_from(training: NoteLLM2TrainingArguments) -> str | bool | None:
+    """`--resume_from_checkpoint last` takes the newest checkpoint of the output folder."""
+    if training.resume_from_checkpoint == "last":
+        return True
+    return training.resume_from_checkpoint
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; `argv` as in `sys.argv[1:]`."""
+    arguments = parse_arguments(argv)
+    state = PartialState()
+    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
+    for noisy in ("httpx", "bm25s", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    rows = train(*arguments)
+    if state.is_main_process:
+        sys.stdout.write("\nTest notes, never seen in training:\n\n" + text_table(rows))
+        sys.stdout.write(WELCOME.format(folder=arguments[2].output_dir))
+
+
+if __name__ == "__main__":
+    main()

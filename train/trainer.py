@@ -1,0 +1,184 @@
+"""`NoteLLM2Trainer`: `transformers.Trainer` with the contrastive loss, retrieval metrics and a learning rate a part.
+
+Only public hooks are overridden. Losses see embeddings and ids, models see tensors; this file alone sees all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer
+
+from evaluation.metrics import retrieval_metrics
+from modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
+from train.arguments import NoteLLM2TrainingArguments
+from train.data import NoteCollator, NoteDataset, PairDataset
+from train.losses import RelatedNotes, contrastive_loss, false_negative_mask
+
+
+class RetrievalEvaluation:
+    """Recall@K, NDCG@K and MRR over all evaluation notes, as `compute_metrics` of a `Trainer`.
+
+    Args:
+        related: for each evaluation note the positions of its related notes.
+        ks: cut-offs.
+    """
+
+    def __init__(self, related: Sequence[np.ndarray], ks: Sequence[int]) -> None:
+        self.related = related
+        self.ks = ks
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """`predictions` (N, D) float32 embeddings, `label_ids` (N,) positions ─► metrics such as `recall@10`."""
+        embeds = np.empty_like(prediction.predictions)
+        embeds[prediction.label_ids] = prediction.predictions
+        return retrieval_metrics(embeds, self.related, self.ks)
+
+
+def apply_llm_tuning(model: NoteLLM2Model, arguments: NoteLLM2TrainingArguments) -> None:
+    """Freeze or adapt the LLM as `arguments.llm_tuning` says. A checkpoint that has adapters keeps training these."""
+    if arguments.llm_tuning == "lora":
+        if model.config.lora is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(arguments.seed)
+                model.add_lora(**arguments.lora_settings())
+    elif model.config.lora is not None:
+        model.merge_lora()
+    for name, parameter in model.language_model.named_parameters():
+        parameter.requires_grad_(arguments.llm_tuning == "full" or "lora_" in name)
+
+
+class NoteLLM2Trainer(Trainer):
+    """Trains a [`NoteLLM2Model`] on pairs of related notes.
+
+    Args:
+        model: the model; its LLM is frozen or adapted as `args.llm_tuning` says.
+        args: settings.
+        train_dataset: pairs of related notes.
+        eval_dataset: notes to encode during training.
+        eval_related: for each of them the positions of its related notes.
+        kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, …).
+    """
+
+    def __init__(
+        self,
+        model: NoteLLM2Model,
+        args: NoteLLM2TrainingArguments,
+        train_dataset: PairDataset | None = None,
+        eval_dataset: NoteDataset | None = None,
+        eval_related: Sequence[np.ndarray] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        apply_llm_tuning(model, args)
+        if eval_related is not None:
+            kwargs["compute_metrics"] = RetrievalEvaluation(eval_related, args.eval_ks)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=NoteCollator(model.processor),
+            processing_class=model.processor,
+            **kwargs,
+        )
+        self.related: RelatedNotes | None = None if train_dataset is None else train_dataset.related
+        self._parts: dict[str, list[float]] = {}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, NoteLLM2Output]:
+        """L = (L_m + α·L_v) / (1 + α) (NoteLLM-2, training objective); L_m alone without an mICL prompt.
+
+        `inputs` holds 2N notes, the first ones of N pairs and then their partners, and `note_index` (2N,).
+        L_v is taken over the pairs whose notes both have an image.
+        """
+        tensors = dict(inputs)
+        note_index = tensors.pop("note_index")
+        output: NoteLLM2Output = model(**tensors)
+        masked = false_negative_mask(note_index, self.related)
+        loss_m = contrastive_loss(output.note_embeds, output.logit_scale, masked)
+        parts = {"loss_m": loss_m, "temperature": 1.0 / output.logit_scale}
+        loss = loss_m
+        alpha = self.args.visual_loss_weight
+        if output.visual_embeds is not None and alpha > 0:
+            first, second = tensors["has_image"].chunk(2)
+            rows = (first & second).repeat(2)
+            if bool(rows.any()):
+                loss_v = contrastive_loss(output.visual_embeds[rows], output.logit_scale, masked[rows][:, rows])
+                loss = (loss_m + alpha * loss_v) / (1.0 + alpha)
+                parts["loss_v"] = loss_v
+        if output.fusion_weight is not None and bool(tensors["has_image"].any()):
+            parts["fusion_weight"] = output.fusion_weight[tensors["has_image"]].mean()
+        if model.training:
+            for name, value in parts.items():
+                self._parts.setdefault(name, []).append(value.detach().item())
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Embed single notes: (no loss, embeddings (B, D), positions (B,))."""
+        tensors = dict(inputs)
+        note_index = tensors.pop("note_index")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return None, model(**tensors).note_embeds, note_index
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, the temperature and the mean fusion weight to the training logs."""
+        if "loss" in logs:
+            logs |= {name: float(np.mean(values)) for name, values in self._parts.items()}
+            self._parts = {}
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Groups of parameters by learning rate (LLM, connector, fusion) and weight decay."""
+        if self.optimizer is None:
+            module = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, module)
+            self.optimizer = optimizer_class(self.parameter_groups(module), **settings)
+        return self.optimizer
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups for the optimizer: what trains, split by part of the model and by weight decay."""
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # Decay would pull a temperature and a token's embedding to zero, which means nothing for them.
+                scale_or_token = name.endswith(("logit_scale", "image_embedding", "query_tokens"))
+                decay = name in decayed and not scale_or_token
+                groups.setdefault((_part(name), decay), []).append(parameter)
+        rates = {
+            "llm": self.args.learning_rate,
+            "connector": self.args.connector_learning_rate,
+            "fusion": self.args.fusion_learning_rate,
+        }
+        return [
+            {
+                "params": parameters,
+                "lr": self.args.learning_rate if rates[part] is None else rates[part],
+                "weight_decay": self.args.weight_decay if decay else 0.0,
+            }
+            for (part, decay), parameters in groups.items()
+        ]
+
+
+def _part(name: str) -> str:
+    """Which learning rate a parameter has, by the module it belongs to."""
+    name = name.removeprefix("module.")
+    if name.startswith(("language_model.", "vision_tower.")):
+        return "llm"
+    return "fusion" if name.startswith("late_fusion.") else "connector"
+
+
+__all__ = ["NoteLLM2Trainer", "RetrievalEvaluation", "apply_llm_tuning"]
