@@ -4,6 +4,7 @@ BM25 gives scores, the encoders give features. Features are compared by their co
 trained head (`evaluation.head`).
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def bm25_scores(texts: Sequence[str]) -> ScoreFunction:
     Returns:
         A function for `retrieval_metrics`: (start, stop) to (stop - start, N) float32 scores.
     """
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s sets itself to DEBUG when imported
     words = [tokenize(text) for text in texts]
     index = bm25s.BM25()
     if any(words):

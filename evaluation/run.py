@@ -130,12 +130,13 @@ def evaluate_baselines(
     splits = [NotesAndRelated(notes, related)]
     if train is not None and validation is not None and not _NEEDS_TRAINING.isdisjoint(baselines):
         splits += [train, validation]
-    # Modality to one array of features a split, made once for all baselines that use them.
+    # Modality to one array of features a split, made once for all baselines that use them; each vector of unit length,
+    # so that text and image weigh the same side by side.
     features: dict[str, list[np.ndarray]] = {}
     if text_encoder is not None and not _NEEDS_TEXT.isdisjoint(baselines):
         features["text"] = [encode_texts(text_encoder, list(map(note_text, part.notes)), batch_size) for part in splits]
     if vision is not None and not _NEEDS_IMAGE.isdisjoint(baselines):
-        features["image"] = [pooled_image_features(vision, part.notes, batch_size) for part in splits]
+        features["image"] = [_normalized(pooled_image_features(vision, part.notes, batch_size)) for part in splits]
     if "head-both" in baselines:
         features["both"] = [
             np.concatenate(parts, axis=1) for parts in zip(features["text"], features["image"], strict=True)
@@ -156,7 +157,7 @@ def evaluate_baselines(
             _, train_features, validation_features = features[modality]
             trained = train_head(train_features, splits[1].related, validation_features, splits[2].related, head)
             embeds = trained.encode(embeds)
-        rows.append(ReportRow(baseline, modality, retrieval_metrics(_normalized(embeds), related, ks)))
+        rows.append(ReportRow(baseline, modality, retrieval_metrics(embeds, related, ks)))
     return rows
 
 

@@ -24,7 +24,7 @@ class CompositionArguments:
 
     llm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the decoder LLM."})
     vision: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the vision tower; without one the model is text-only."}
+        default=None, metadata={"help": "Folder or Hub id of the vision tower; without one (or with an empty one) the model is text-only."}
     )
     num_text_layers: int | None = field(
         default=None, metadata={"help": "Keep only the first so many layers of the LLM (default: all)."}
@@ -85,10 +85,11 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
         raise ValueError("llm is missing: give --llm a local folder or a Hub id of a decoder LLM.")
     if arguments.qformer_hidden_size % 64:
         raise ValueError(f"qformer_hidden_size={arguments.qformer_hidden_size} must be a multiple of 64.")
-    prompt = arguments.prompt if arguments.vision is not None else "text"
+    vision = arguments.vision or None  # a YAML file's tower can only be taken back with an empty string
+    prompt = arguments.prompt if vision is not None else "text"
     processor = NoteLLM2Processor.from_backbones(
         arguments.llm,
-        arguments.vision,
+        vision,
         prompt=prompt,
         language=arguments.language,
         num_visual_tokens=arguments.num_visual_tokens,
@@ -100,7 +101,7 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
         torch.manual_seed(arguments.composition_seed)
         return NoteLLM2Model.from_backbones(
             arguments.llm,
-            arguments.vision,
+            vision,
             num_text_layers=arguments.num_text_layers,
             processor=processor,
             connector=None if prompt == "text" else arguments.connector,
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     files = sorted(path.name for path in Path(output.output).iterdir())
     sys.stdout.write(
         f"{output.output}: {', '.join(files)}\nparameters: {json.dumps(parameters)}\n"
-        f"The model is untrained: only its backbones know anything yet. Check it with: python -m hub.verify {output.output}\n"
+        f"The model is untrained: only its backbones know anything yet.\n"
+        f"Check it with: python -m hub.verify {output.output}\n"
     )
 
 

@@ -16,6 +16,36 @@ from torch.nn import functional
 from .configuration_notellm2 import NoteLLM2Config
 
 
+class GateOutput(nn.Linear):
+    """The gate's last layer: it knows where the gate starts.
+
+    A module of its own because transformers initialises remote code module by module, and only modules that hold
+    weights.
+
+    Args:
+        in_features: width of its input.
+        out_features: weights a note has.
+        initial_weight: weight of the image before training.
+    """
+
+    def __init__(self, in_features: int, out_features: int, initial_weight: float) -> None:
+        self.initial_bias = math.log(initial_weight / (1.0 - initial_weight))
+        super().__init__(in_features, out_features)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Let the gate start at the initial weight.
+
+        The scalar gate starts with zero weights, so that every note starts exactly there; the vector gate keeps the
+        Xavier-normal matrix of the paper's code and starts there on average.
+        """
+        if self.out_features == 1:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.xavier_normal_(self.weight)
+        nn.init.constant_(self.bias, self.initial_bias)
+
+
 class LateFusion(nn.Module):
     """The projection of the visual embedding and the gate, shared by n_m and n_v.
 
@@ -25,30 +55,16 @@ class LateFusion(nn.Module):
 
     def __init__(self, config: NoteLLM2Config) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, initial_weight = config.hidden_size, config.late_fusion_initial_weight
         self.normalize = config.late_fusion_normalize
-        self.initial_bias = math.log(config.late_fusion_initial_weight / (1.0 - config.late_fusion_initial_weight))
         self.projection = nn.Linear(config.vision_hidden_size, width, bias=False)
         self.gate: nn.Module
         if config.late_fusion == "scalar":
             hidden = config.late_fusion_hidden_size
-            self.gate = nn.Sequential(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, 1))
+            output = GateOutput(hidden, 1, initial_weight)
+            self.gate = nn.Sequential(nn.Linear(2 * width, hidden), nn.GELU(), output)
         else:
-            self.gate = nn.Linear(2 * width, width)
-        self.reset_gate()
-
-    @torch.no_grad()
-    def reset_gate(self) -> None:
-        """Let the gate start at the initial weight.
-
-        The scalar gate's last layer starts at zero, so every note starts exactly there; the vector gate keeps the
-        paper's Xavier-normal matrix and starts there on average.
-        """
-        output = self.gate[-1] if isinstance(self.gate, nn.Sequential) else self.gate
-        assert isinstance(output, nn.Linear)
-        initialize = nn.init.xavier_normal_ if output is self.gate else nn.init.zeros_
-        initialize(output.weight)
-        nn.init.constant_(output.bias, self.initial_bias)
+            self.gate = GateOutput(2 * width, width, initial_weight)
 
     def project(self, pooled_embeds: Tensor) -> Tensor:
         """(N, d_v) pooled visual embeddings ─► (N, d_llm)."""
@@ -73,4 +89,4 @@ class LateFusion(nn.Module):
         return functional.normalize(states, dim=-1) * math.sqrt(states.shape[-1])
 
 
-__all__ = ["LateFusion"]
+__all__ = ["GateOutput", "LateFusion"]

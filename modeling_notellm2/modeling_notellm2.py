@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, is_peft_available, logging
 
 from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
-from .fusion_notellm2 import LateFusion
+from .fusion_notellm2 import GateOutput, LateFusion
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
 from .vision_notellm2 import VisionFeatures, VisionTower
 
@@ -81,8 +81,8 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.logit_scale, -math.log(self.config.initial_temperature))
         elif isinstance(module, QFormerConnector):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif isinstance(module, LateFusion):
-            module.reset_gate()
+        elif isinstance(module, GateOutput):
+            module.reset_parameters()
 
 
 class NoteLLM2Model(NoteLLM2PreTrainedModel):
@@ -112,6 +112,16 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.post_init()
         if config.lora is not None:  # after post_init, which would undo LoRA's own initialisation
             self._inject_lora(config.lora)
+        self._fixed = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint as every model of transformers does; what the config says is fixed stays fixed."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        for name in model._fixed:  # loading made new parameters, all of which train
+            model.get_parameter(name).requires_grad_(False)
+        return loaded
 
     @classmethod
     def from_backbones(
@@ -157,8 +167,12 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             "image_token_id": processor.image_token_id,
             "image_embedding_token_id": processor.image_embedding_token_id,
         }
-        model = cls(NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings))
-        model.to(dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
+        whole_config = NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings)
+        for part in (text_config, vision_config, whole_config.qformer_config):
+            if part is not None:  # each was saved with a dtype of its own
+                part.dtype = dtype
+        # Built in `dtype`, not cast to it: a cast would also round the LLM's rotary frequencies.
+        model = cls._from_config(whole_config, dtype=dtype)
         _load_backbone(model.language_model, llm, text_config, dtype)
         if model.vision_tower is not None and vision is not None and vision_config is not None:
             _load_backbone(model.vision_tower.model, vision, vision_config, dtype)
@@ -221,7 +235,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         pixel_values: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-        vision_features: VisionFeatures | None = None,
+        patch_embeds: Tensor | None = None,
+        pooled_embeds: Tensor | None = None,
+        patch_attention_mask: Tensor | None = None,
         has_image: Tensor | None = None,
     ) -> NoteLLM2Output:
         """Embed B notes, N of which have an image.
@@ -231,13 +247,19 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             attention_mask: (B, T), 1 for real tokens; padding may be on either side.
             pixel_values: (N, C, H, W) images of the notes that have one, in order.
             pixel_attention_mask, spatial_shapes: for towers of variable resolution; see [`VisionTower`].
-            vision_features: the tower's output for these images, instead of `pixel_values`.
+            patch_embeds, pooled_embeds, patch_attention_mask: the tower's output for these images, instead of
+                `pixel_values`: the fields of [`VisionFeatures`].
             has_image: (B,) bool, which notes the N images belong to. Default: all.
 
         Raises:
             ValueError: the placeholders, the images and `has_image` do not agree.
         """
-        if vision_features is None and pixel_values is not None:
+        vision_features: VisionFeatures | None = None
+        if (patch_embeds is None) != (pooled_embeds is None):
+            raise ValueError("patch_embeds and pooled_embeds go together: pass both, or pixel_values.")
+        if patch_embeds is not None and pooled_embeds is not None:
+            vision_features = VisionFeatures(patch_embeds, pooled_embeds, patch_attention_mask)
+        elif pixel_values is not None:
             vision_features = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes)
         if has_image is None:
             has_image = torch.full(input_ids.shape[:1], vision_features is not None, device=input_ids.device)

@@ -92,7 +92,8 @@ class NoteLLM2Processor(ProcessorMixin):
     """Turns notes into the inputs of [`NoteLLM2Model`].
 
     Args:
-        image_processor: the vision tower's image processor; `None` for a text-only model.
+        image_processor: the vision tower's image processor; `None` for a text-only model. `from_backbones` and
+            `from_pretrained` take its PIL backend, which gives other pixels than the torchvision one.
         tokenizer: the LLM's tokenizer, with a `tokenizers` backend (a "fast" one), extended by `extend_tokenizer`.
         prompt: `"basic"`, `"micl"` or `"text"` (no visual tokens: text-only, or late fusion only).
         language: `"en"` or `"zh"`.
@@ -226,8 +227,16 @@ class NoteLLM2Processor(ProcessorMixin):
             index, self._tokenize(self.template if image is not None else self.text_template, texts), image
         )
 
-    def collate(self, notes: Sequence[EncodedNote], padding_side: PaddingSide | None = None) -> BatchFeature:
-        """Pad encoded notes into one batch and decode their images. Returns what `__call__` returns."""
+    def collate(
+        self, notes: Sequence[EncodedNote], padding_side: PaddingSide | None = None, decode_images: bool = True
+    ) -> BatchFeature:
+        """Pad encoded notes into one batch and decode their images. Returns what `__call__` returns.
+
+        Args:
+            notes: from `encode_note`.
+            padding_side: by default the processor's.
+            decode_images: `False` leaves the pixels out, for callers that hold the tower's output already.
+        """
         length = max((len(note.input_ids) for note in notes), default=0)
         left = (padding_side or self.padding_side) == "left"
         # Padding is masked, so that any token will do; a tokenizer's own one may lie beyond its LLM's matrix.
@@ -239,7 +248,7 @@ class NoteLLM2Processor(ProcessorMixin):
             attention_mask[row, span] = 1
         has_image = torch.tensor([note.image is not None for note in notes], dtype=torch.bool)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "has_image": has_image}
-        images = [self._pixels(note) for note in notes if note.image is not None]
+        images = [self._pixels(note) for note in notes if decode_images and note.image is not None]
         if images:
             batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
         return BatchFeature(batch)

@@ -1,5 +1,6 @@
-"""Tiny, randomly initialised backbones of the real classes, tokenizers of every kind, and other material of the tests."""
+"""Tiny, randomly initialised backbones of the real classes, tokenizers of every kind, and what else tests share."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,15 +75,16 @@ def sentencepiece_tokenizer(prepend: bool = True) -> PreTrainedTokenizerFast:
     Args:
         prepend: by the normalizer (Llama 2's older files), otherwise by a `Metaspace` pre-tokenizer.
     """
-    special_tokens = ["<unk>", "<s>", "</s>"]
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    control = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=special_tokens + [f"<0x{byte:02X}>" for byte in range(256)],
-        show_progress=False,
-    )
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=control + byte_tokens, show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["model"]["byte_fallback"] = True
+    state["added_tokens"] = state["added_tokens"][: len(control)]  # bytes are ordinary tokens
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     if prepend:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.pre_tokenizer = None
@@ -177,13 +179,14 @@ _VIT_SIZES = {
     "patch_size": PATCH_SIZE,
 }
 _DINO_SIZES = {key: value for key, value in _VIT_SIZES.items() if key != "intermediate_size"}
+_NO_CONTROL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 
 TOWERS: dict[str, Callable[[], tuple[PreTrainedConfig, BaseImageProcessor]]] = {
     "clip": lambda: (CLIPVisionConfig(**_VIT_SIZES), CLIPImageProcessor(size=_SIZE, crop_size=_SIZE)),
     "clip_dual": lambda: (
         CLIPConfig(
-            text_config={**_VIT_SIZES, "vocab_size": 50, "max_position_embeddings": 16},
+            text_config={**_VIT_SIZES, "vocab_size": 50, "max_position_embeddings": 16, **_NO_CONTROL_TOKENS},
             vision_config=_VIT_SIZES,
             projection_dim=16,
         ),

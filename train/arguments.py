@@ -77,8 +77,8 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     llm_tuning: Literal["frozen", "lora", "full"] = field(
         default="frozen",
         metadata={
-            "help": "frozen: train connector, fusion, <IMG_EMB> and head only (the paper's description); lora: also LoRA "
-            "adapters on the LLM; full: the whole LLM (the paper's code)."
+            "help": "frozen: train connector, fusion, <IMG_EMB> and head only (the paper's description); lora: also "
+            "LoRA adapters on the LLM; full: the whole LLM (the paper's code)."
         },
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
@@ -97,6 +97,13 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     )
     fusion_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the gate and its projection (default: learning_rate)."}
+    )
+    vision_features: Literal["recompute", "memory"] = field(
+        default="recompute",
+        metadata={
+            "help": "recompute: run the frozen tower in every step; memory: run it once for every note and keep its "
+            "output (the same result, faster, P · d_v · 4 bytes a note)."
+        },
     )
     eval_ks: list[int] = field(default_factory=lambda: [10, 100], metadata={"help": "Cut-offs of Recall@K and NDCG@K."})
     report_to: str | None = field(
@@ -139,8 +146,8 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     parser = HfArgumentParser(
         list(_KINDS),
         prog="accelerate launch train/run.py [CONFIG.yaml]",
-        description="Train NoteLLM-2. Options may stand in a YAML file, and on the command line, which wins. Without any, "
-        "the embedded example runs: simulated notes, users and views, tiny backbones, under five minutes on two cores.",
+        description="Train NoteLLM-2. Options may stand in a YAML file, and on the command line, which wins. Without "
+        "any, the embedded example runs: simulated notes and views, tiny backbones, under five minutes on two cores.",
     )
     config = DEFAULT_CONFIG
     if argv and not argv[0].startswith("-"):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from datasets import Dataset as Table
 from torch.utils.data import Dataset
-from transformers import BatchFeature
 
 from modeling_notellm2 import NoteLLM2Processor
+from train.features import VisionFeatureTable
 from train.losses import RelatedNotes
 
 
@@ -20,10 +20,12 @@ class NoteGroup:
     Attributes:
         notes: the notes.
         indices: their rows in the table of notes, which is how the loss and the metrics know them.
+        features: what the frozen tower sees in the images of that table; `None`: it is run on the pixels.
     """
 
     notes: list[Mapping[str, Any]]
     indices: list[int]
+    features: VisionFeatureTable | None = None
 
 
 class PairDataset(Dataset[NoteGroup]):
@@ -34,12 +36,13 @@ class PairDataset(Dataset[NoteGroup]):
     Args:
         notes: table of notes with `note_id`.
         pairs: table with `note_id` and `related_note_id`.
+        features: the frozen tower's output for these notes, if it is kept.
 
     Raises:
         ValueError: no pairs, or a pair of a note that the table of notes lacks.
     """
 
-    def __init__(self, notes: Table, pairs: Table) -> None:
+    def __init__(self, notes: Table, pairs: Table, features: VisionFeatureTable | None = None) -> None:
         row_of = {note_id: row for row, note_id in enumerate(notes["note_id"])}
         unordered: dict[tuple[int, int], None] = {}  # a dictionary keeps the order, a set would not
         for first, second in zip(pairs["note_id"], pairs["related_note_id"], strict=True):
@@ -53,6 +56,7 @@ class PairDataset(Dataset[NoteGroup]):
         if not unordered:
             raise ValueError("there are no pairs to train on: lower min_score or min_count, or bring more views.")
         self.notes = notes
+        self.features = features
         self.pairs = list(unordered)
 
     @property
@@ -65,20 +69,21 @@ class PairDataset(Dataset[NoteGroup]):
 
     def __getitem__(self, position: int) -> NoteGroup:
         a, b = self.pairs[position]
-        return NoteGroup([self.notes[a], self.notes[b]], [a, b])
+        return NoteGroup([self.notes[a], self.notes[b]], [a, b], self.features)
 
 
 class NoteDataset(Dataset[NoteGroup]):
-    """Every note of a table once, for evaluation."""
+    """Every note of a table once, for evaluation. `features` as in `PairDataset`."""
 
-    def __init__(self, notes: Table) -> None:
+    def __init__(self, notes: Table, features: VisionFeatureTable | None = None) -> None:
         self.notes = notes
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.notes)
 
     def __getitem__(self, position: int) -> NoteGroup:
-        return NoteGroup([self.notes[position]], [position])
+        return NoteGroup([self.notes[position]], [position], self.features)
 
 
 @dataclass
@@ -91,12 +96,18 @@ class NoteCollator:
 
     processor: NoteLLM2Processor
 
-    def __call__(self, groups: Sequence[NoteGroup]) -> BatchFeature:
-        """Returns the processor's tensors and `note_index` (B,) int64."""
+    def __call__(self, groups: Sequence[NoteGroup]) -> dict[str, Any]:
+        """Returns the processor's tensors and `note_index` (B,) int64; where the groups come with a table of vision
+        features, these in place of the pixels."""
         width = len(groups[0].notes)
         notes = [group.notes[i] for i in range(width) for group in groups]
-        batch = self.processor(notes)
-        batch["note_index"] = torch.tensor([group.indices[i] for i in range(width) for group in groups])
+        indices = [group.indices[i] for i in range(width) for group in groups]
+        features = groups[0].features
+        encoded = [self.processor.encode_note(note, index) for note, index in zip(notes, indices, strict=True)]
+        batch = dict(self.processor.collate(encoded, decode_images=features is None))
+        if features is not None:
+            batch |= features.stack(indices)
+        batch["note_index"] = torch.tensor(indices)
         return batch
 
 

@@ -30,6 +30,7 @@ from pairs.split import NotesAndPairs, load_split, make_splits
 from pairs.tables import load_notes, load_views, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
 from train.data import NoteDataset, PairDataset
+from train.features import VisionFeatureTable
 from train.trainer import NoteLLM2Trainer
 
 logger = logging.getLogger("train")
@@ -124,11 +125,14 @@ def train(
         composition.llm, composition.vision = str(folder / "backbones" / "llm"), str(folder / "backbones" / "vision")
     logger.info("Composing %s and %s", composition.llm, composition.vision)
     model = compose(composition)
+    features: dict[str, VisionFeatureTable | None] = {"train": None, "validation": None}
+    if training.vision_features == "memory" and model.config.has_vision:
+        features = {name: VisionFeatureTable(model, splits[name].notes) for name in features}
     trainer = NoteLLM2Trainer(
         model=model,
         args=training,
-        train_dataset=PairDataset(*splits["train"]),
-        eval_dataset=NoteDataset(splits["validation"].notes),
+        train_dataset=PairDataset(*splits["train"], features["train"]),
+        eval_dataset=NoteDataset(splits["validation"].notes, features["validation"]),
         eval_related=related_of(splits["validation"]),
     )
     if state.is_main_process:

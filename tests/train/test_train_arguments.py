@@ -1,0 +1,70 @@
+"""YAML and command line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.arguments import DEFAULT_CONFIG, parse_arguments
+
+
+def write(path: Path, **settings: object) -> str:
+    path.write_text(yaml.safe_dump({"output_dir": str(path.parent / "run"), "use_cpu": True, **settings}))
+    return str(path)
+
+
+def test_command_line_wins_over_yaml_which_wins_over_defaults(tmp_path: Path):
+    config = write(tmp_path / "c.yaml", learning_rate=1e-3, max_steps=7, late_fusion="vector", pair_top_k=4)
+    composition, data, training = parse_arguments([config, "--max_steps", "9", "--late_fusion", "none"])
+    assert (training.learning_rate, training.max_steps) == (1e-3, 9)
+    assert composition.late_fusion == "none"
+    assert data.pair_options.top_k == 4 and data.pair_options.window_days == 7.0
+    assert training.llm_tuning == "frozen" and training.report_to == ["tensorboard"]
+
+
+def test_scientific_notation_in_yaml_is_a_number(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nlearning_rate: 1e-4\n")
+    assert parse_arguments([str(tmp_path / "c.yaml")])[2].learning_rate == 1e-4
+
+
+def test_without_arguments_the_embedded_default_is_read(monkeypatch: pytest.MonkeyPatch):
+    _, data, training = parse_arguments(["--use_cpu"])
+    settings = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    assert data.notes is None and data.num_simulated_notes == settings["num_simulated_notes"]
+    assert training.max_steps == settings["max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"learning_rat": 1e-3}, "learning_rat"),
+        ({"visual_loss_weight": -1.0}, "visual_loss_weight=-1.0"),
+        ({"notes": "notes.csv"}, "views=None"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments([write(tmp_path / "c.yaml", **settings)])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_missing_config_is_named(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse_arguments(["nowhere.yaml"])
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_help_is_complete(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for option in (
+        "--llm_tuning",
+        "--visual_loss_weight",
+        "--num_text_layers",
+        "--pair_score",
+        "--fusion_learning_rate",
+    ):
+        assert option in text

@@ -1,0 +1,220 @@
+"""What trains and what does not, that a resumed run is the same run, and that checkpoints are whole."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, TrainerCallback
+
+from evaluation.metrics import retrieval_metrics
+from modeling_notellm2 import NoteLLM2Model
+from pairs.split import NotesAndPairs
+from pairs.tables import related_indices
+from train.losses import contrastive_loss, false_negative_mask
+from train.trainer import NoteLLM2Trainer, RetrievalEvaluation
+
+BuildTrainer = Callable[..., NoteLLM2Trainer]
+BuildModel = Callable[..., NoteLLM2Model]
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], module: torch.nn.Module) -> set[str]:
+    return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def training_losses(trainer: NoteLLM2Trainer) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+@pytest.mark.parametrize("llm_tuning", ["frozen", "lora", "full"])
+def test_only_what_should_train_does(llm_tuning: str, build_trainer: BuildTrainer):
+    trainer = build_trainer(llm_tuning=llm_tuning, max_steps=2)
+    model = trainer.model
+    before = snapshot(model)
+    trainer.train()
+    names = changed(before, model)
+    assert not [name for name in names if name.startswith("vision_tower.")], "the tower is frozen, bit for bit"
+    llm = {name for name in names if name.startswith("language_model.")}
+    if llm_tuning == "frozen":
+        assert not llm
+    elif llm_tuning == "lora":
+        assert llm and all("lora_" in name for name in llm)
+    else:
+        assert "language_model.embed_tokens.weight" in llm and any("q_proj" in name for name in llm)
+    for new_part in ("connector.", "late_fusion.", "head.", "image_embedding", "logit_scale"):
+        assert [name for name in names if name.startswith(new_part)], f"{new_part} did not train"
+
+
+def test_fixed_temperature_stays(build_model: BuildModel, build_trainer: BuildTrainer):
+    model = build_model(learnable_temperature=False, initial_temperature=0.1)
+    trainer = build_trainer(model, max_steps=2)
+    trainer.train()
+    assert model.temperature == pytest.approx(0.1)
+
+
+def test_loss_is_the_weighted_mean_of_both_readouts(build_trainer: BuildTrainer):
+    trainer = build_trainer(visual_loss_weight=0.5)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
+    model = trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, batch)
+        tensors = {name: value for name, value in batch.items() if name != "note_index"}
+        output = model(**tensors)
+        mask = false_negative_mask(batch["note_index"], trainer.related)
+        loss_m = contrastive_loss(output.note_embeds, output.logit_scale, mask)
+        loss_v = contrastive_loss(output.visual_embeds, output.logit_scale, mask)
+    assert loss.item() == pytest.approx(((loss_m + 0.5 * loss_v) / 1.5).item(), abs=1e-6)
+    assert loss.item() != pytest.approx(loss_m.item(), abs=1e-4)
+
+
+def test_visual_loss_leaves_out_pairs_without_both_images(build_trainer: BuildTrainer):
+    trainer = build_trainer(visual_loss_weight=1.0)
+    groups = [trainer.train_dataset[i] for i in range(5)]
+    groups[1].notes[1] = {**groups[1].notes[1], "image": None}
+    batch = trainer.data_collator(groups)
+    model = trainer.model.eval()
+    rows = torch.tensor([0, 2, 3, 4, 5, 7, 8, 9])
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, batch)
+        output = model(**{name: value for name, value in batch.items() if name != "note_index"})
+        mask = false_negative_mask(batch["note_index"], trainer.related)
+        loss_m = contrastive_loss(output.note_embeds, output.logit_scale, mask)
+        loss_v = contrastive_loss(output.visual_embeds[rows], output.logit_scale, mask[rows][:, rows])
+    assert loss.item() == pytest.approx(((loss_m + loss_v) / 2).item(), abs=1e-6)
+
+
+def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer: BuildTrainer):
+    trainer = build_trainer(
+        llm_tuning="full", learning_rate=1e-4, connector_learning_rate=1e-3, fusion_learning_rate=1e-2, weight_decay=0.1
+    )
+    groups = trainer.parameter_groups(trainer.model)
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(by_id) == len(trained) == sum(len(group["params"]) for group in groups)
+    rates = {name: by_id[id(p)]["lr"] for name, p in trained.items()}
+    assert rates["language_model.layers.0.self_attn.q_proj.weight"] == 1e-4
+    assert rates["connector.query_tokens"] == rates["head.weight"] == rates["logit_scale"] == 1e-3
+    assert rates["late_fusion.projection.weight"] == rates["late_fusion.gate.2.bias"] == 1e-2
+    decay = {name: by_id[id(p)]["weight_decay"] for name, p in trained.items()}
+    assert decay["head.weight"] == 0.1
+    assert decay["logit_scale"] == decay["image_embedding"] == decay["late_fusion.gate.2.bias"] == 0.0
+    optimizer = trainer.create_optimizer()
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-4, 1e-3, 1e-2}
+
+
+def test_resumed_run_continues_the_uninterrupted_one_exactly(build_trainer: BuildTrainer, tmp_path: Path):
+    settings = {"max_steps": 6, "save_steps": 3, "llm_tuning": "lora", "lora_dropout": 0.1, "warmup_steps": 2}
+    whole = build_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4  # after the checkpoint of step 3
+
+    interrupted = build_trainer(output_dir=str(tmp_path / "cut"), **settings)
+    interrupted.add_callback(Interrupt())
+    interrupted.train()
+    torch.manual_seed(99)  # a new process would not be in the old one's random state
+    resumed = build_trainer(output_dir=str(tmp_path / "cut"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+
+    expected, found = training_losses(whole), training_losses(resumed)
+    assert [found[step] for step in (4, 5, 6)] == [expected[step] for step in (4, 5, 6)]
+    assert len(set(expected.values())) > 1  # the curve moves, so that the comparison says something
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    # Control: a run that starts anew at step 3 with other data order would not agree.
+    other = build_trainer(output_dir=str(tmp_path / "other"), seed=7, **settings)
+    other.train()
+    assert training_losses(other)[5] != expected[5]
+
+
+def test_evaluation_is_recall_over_all_evaluation_notes(build_trainer: BuildTrainer, splits: dict[str, NotesAndPairs]):
+    trainer = build_trainer()
+    metrics = trainer.evaluate()
+    validation = splits["validation"]
+    embeds = trainer.model.encode(list(validation.notes))
+    related = related_indices(list(validation.notes["note_id"]), validation.pairs)
+    expected = retrieval_metrics(embeds, related, (5, 10))
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, abs=1e-6), name
+
+
+def test_evaluation_puts_shuffled_predictions_back_in_order():
+    generator = np.random.default_rng(0)
+    embeds = generator.normal(size=(12, 4)).astype(np.float32)
+    related = [np.array([(i + 1) % 12]) for i in range(12)]
+    order = generator.permutation(12)
+    evaluation = RetrievalEvaluation(related, (3,))
+    from transformers import EvalPrediction
+
+    in_order = evaluation(EvalPrediction(predictions=embeds, label_ids=np.arange(12)))
+    shuffled = evaluation(EvalPrediction(predictions=embeds[order], label_ids=order))
+    assert in_order == shuffled
+    assert evaluation(EvalPrediction(predictions=embeds[order], label_ids=np.arange(12))) != in_order
+
+
+def test_best_model_by_recall_is_kept_and_saved(build_trainer: BuildTrainer, tmp_path: Path):
+    trainer = build_trainer(
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="recall@10",
+        llm_tuning="full",
+    )
+    trainer.train()
+    recalls = {e["step"]: e["eval_recall@10"] for e in trainer.state.log_history if "eval_recall@10" in e}
+    assert trainer.state.best_metric == max(recalls.values())
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, best[name]), name
+
+
+@pytest.mark.parametrize("llm_tuning", ["frozen", "lora", "full"])
+def test_saved_checkpoint_gives_the_same_embeddings(
+    llm_tuning: str, build_trainer: BuildTrainer, splits: dict[str, NotesAndPairs], tmp_path: Path
+):
+    trainer = build_trainer(llm_tuning=llm_tuning, learning_rate=1e-2)
+    untrained = trainer.model.encode(list(splits["test"].notes))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    notes = list(splits["test"].notes)
+    expected = trainer.model.encode(notes)
+    assert np.abs(expected - untrained).max() > 1e-3
+    loaded = AutoModel.from_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(loaded.encode(notes), expected, atol=1e-5)
+    if llm_tuning == "lora":
+        loaded.merge_lora()
+        np.testing.assert_allclose(loaded.encode(notes), expected, atol=1e-5)
+        loaded.save_pretrained(tmp_path / "merged")
+        loaded.processor.save_pretrained(tmp_path / "merged")
+        merged = AutoModel.from_pretrained(tmp_path / "merged")
+        assert merged.config.lora is None
+        np.testing.assert_allclose(merged.encode(notes), expected, atol=1e-5)
+
+
+def test_logs_name_the_parts_of_the_loss(build_trainer: BuildTrainer):
+    trainer = build_trainer(max_steps=2)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["temperature"] == pytest.approx(0.05, rel=0.05)
+    assert entry["fusion_weight"] == pytest.approx(0.1, abs=1e-3)
+    assert entry["loss"] == pytest.approx((entry["loss_m"] + entry["loss_v"] / 9) / (1 + 1 / 9), abs=1e-3)
+    assert all(math.isfinite(value) for value in entry.values())
+
+
+def test_gradient_checkpointing_gives_the_same_loss(build_trainer: BuildTrainer, build_model: BuildModel):
+    plain = build_trainer(build_model(), llm_tuning="full", max_steps=2)
+    plain.train()
+    recomputed = build_trainer(build_model(), llm_tuning="full", max_steps=2, gradient_checkpointing=True)
+    recomputed.train()
+    assert training_losses(recomputed) == pytest.approx(training_losses(plain), abs=1e-5)
