@@ -24,7 +24,10 @@ class CompositionArguments:
 
     llm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the decoder LLM."})
     vision: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the vision tower; without one (or with an empty one) the model is text-only."}
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of the vision tower; without one (or with an empty one) the model is text-only."
+        },
     )
     num_text_layers: int | None = field(
         default=None, metadata={"help": "Keep only the first so many layers of the LLM (default: all)."}

@@ -68,7 +68,8 @@ def encode_in_fresh_process(
         ]
         notes_file.write_text(json.dumps(packed), encoding="utf-8")
         script = Path(__file__).with_name("fresh_process.py")
-        command = [python, "-I", script, Path(folder).resolve(), notes_file, embeddings_file]
+        # Not resolved: the interpreter of a virtual environment is a link, and knows its packages by where it stands.
+        command = [Path(python).absolute(), "-I", script, Path(folder).resolve(), notes_file, embeddings_file]
         # A modules cache of its own: the process must copy the folder's code, not find an earlier copy.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
         finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)

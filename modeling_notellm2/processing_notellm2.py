@@ -20,7 +20,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import ProcessorMixin
 
@@ -280,7 +286,8 @@ class NoteLLM2Processor(ProcessorMixin):
         settings, hub = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         overrides = {name: hub.pop(name) for name in _SETTINGS if name in hub}
         hub = {name: value for name, value in hub.items() if not name.startswith("_") and name != "trust_remote_code"}
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
+        # Not AutoTokenizer, which would load our config first and, from remote code, ask for consent once more.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub)
         has_images = "image_processor" in settings
         image_processor = _load_image_processor(pretrained_model_name_or_path if has_images else None, **hub)
         saved = {name: settings[name] for name in _SETTINGS if name in settings}

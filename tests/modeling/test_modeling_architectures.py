@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
-from tests.backbones import LLMS, TOWERS, random_picture, save
+from tests.backbones import LLMS, QFORMER, TOWERS, random_picture, save
 
 Notes = list[dict[str, Any]]
 Compose = Callable[..., NoteLLM2Model]
@@ -153,12 +153,20 @@ def test_a_batch_without_images_beside_one_with(shared_tiny_model: NoteLLM2Model
     torch.testing.assert_close(mixed.note_embeds[1], output.note_embeds[0], atol=1e-5, rtol=0)
 
 
-def test_vision_features_instead_of_pixels(shared_tiny_model: NoteLLM2Model, notes: Notes) -> None:
-    batch = shared_tiny_model.processor(notes)
+@pytest.mark.parametrize("tower", ["clip", "siglip2"])
+def test_the_towers_output_instead_of_pixels(compose: Compose, notes: Notes, tower: str) -> None:
+    model = compose("llama", tower)
+    batch = model.processor(notes)
+    pixels = {name: value for name, value in batch.items() if name.startswith(("pixel", "spatial"))}
+    encoded = [model.processor.encode_note(note) for note in notes]
+    without_pixels = model.processor.collate(encoded, decode_images=False)
+    assert without_pixels.keys() == batch.keys() - pixels.keys()
     with torch.no_grad():
-        expected = shared_tiny_model(**batch)
-        features = shared_tiny_model.get_image_features(batch.pop("pixel_values"))
-        torch.testing.assert_close(shared_tiny_model(**batch, **features._asdict()), expected)
+        expected = model(**batch)
+        features = model.get_image_features(**pixels)
+        torch.testing.assert_close(model(**without_pixels, **features._asdict()), expected)
+        with pytest.raises(ValueError, match="patch_embeds and pooled_embeds go together"):
+            model(**without_pixels, patch_embeds=features.patch_embeds)
 
 
 def test_ablations(compose: Compose, notes: Notes, tmp_path: Path) -> None:
@@ -231,7 +239,7 @@ def test_composing_and_loading_warn_of_nothing(
     caplog.clear()
     recwarn.clear()
     verbosity = transformers_logging.get_verbosity()
-    model = NoteLLM2Model.from_backbones(causal, tower)
+    model = NoteLLM2Model.from_backbones(causal, tower, qformer_config=QFORMER)
     loaded = AutoModel.from_pretrained(save(model, tmp_path / "checkpoint"))
     assert loaded.encode([{"title": "oak", "image": random_picture(0)}]).shape == (1, 64)
     assert caplog.messages == [] and [str(w.message) for w in recwarn] == []
@@ -276,7 +284,8 @@ def test_bfloat16(compose: Compose, notes: Notes, tmp_path: Path, llm: str) -> N
 
 
 def test_from_backbones_in_bfloat16(llm_folder: Callable, tower_folder: Callable, tmp_path: Path) -> None:
-    model = NoteLLM2Model.from_backbones(llm_folder("llama"), tower_folder("clip"), dtype=torch.bfloat16)
+    folders = llm_folder("llama"), tower_folder("clip")
+    model = NoteLLM2Model.from_backbones(*folders, dtype=torch.bfloat16, qformer_config=QFORMER)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     note = {"title": "oak", "image": random_picture(0)}
     loaded = AutoModel.from_pretrained(save(model, tmp_path))

@@ -5,17 +5,17 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.processing_notellm2 import prompt_template
-from tests.backbones import TOKENIZERS, TOWERS, random_picture
+from tests.backbones import TOKENIZERS, TOWERS, random_picture, save
 
 FIELDS = {"title": "Oak shelf", "topics": ["home", "wood"], "content": "sanded, oiled"}
 
@@ -330,6 +330,22 @@ def test_a_saved_processor_saves_again(tmp_path: Path) -> None:
     assert NoteLLM2Processor.from_pretrained(tmp_path / "b").template == prompt_template("micl", "zh")
     with pytest.raises(ValueError, match="publish the folder whole"):
         make().save_pretrained(tmp_path, push_to_hub=True)
+
+
+@pytest.mark.parametrize("tower", [None, "clip", "timm_cnn"])
+def test_loading_asks_for_no_config(
+    compose: Callable[..., NoteLLM2Model], tower: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config of remote code would make transformers ask for consent, in the middle of `encode`."""
+    save(compose("llama", tower), tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("AutoConfig was asked")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    assert NoteLLM2Processor.from_pretrained(tmp_path)(["oak"])["has_image"].tolist() == [False]
+    with pytest.raises(AssertionError, match="AutoConfig was asked"):  # AutoTokenizer would ask
+        AutoTokenizer.from_pretrained(tmp_path)
 
 
 def test_pictures_do_not_need_torchvision(tiny_checkpoint: Path) -> None:

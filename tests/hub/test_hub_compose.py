@@ -1,0 +1,92 @@
+"""Composition: one command from two backbones to a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModel, AutoProcessor
+
+from hub.compose import CompositionArguments, compose, main, save_checkpoint
+
+SMALL = {"num_visual_tokens": 2, "qformer_layers": 1, "qformer_hidden_size": 64, "embedding_dim": 8}
+NOTE = {"title": "Oak shelf", "image": np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)}
+
+
+@pytest.fixture
+def arguments(
+    llm_folder: Callable[[str], Path], tower_folder: Callable[[str], Path]
+) -> Callable[..., CompositionArguments]:
+    def build(**settings: object) -> CompositionArguments:
+        backbones = {"llm": str(llm_folder("llama")), "vision": str(tower_folder("clip"))}
+        return CompositionArguments(**{**backbones, **SMALL, **settings})  # type: ignore[arg-type]
+
+    return build
+
+
+def test_command_writes_a_checkpoint_with_its_code(
+    llm_folder: Callable[[str], Path],
+    tower_folder: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    options = ["--llm", str(llm_folder("llama")), "--vision", str(tower_folder("clip")), "--output", str(tmp_path)]
+    main([*options, "--embedding_dim", "8", "--qformer_hidden_size", "64", "--qformer_layers", "1"])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
+    assert {"modeling_notellm2.py", "processing_notellm2.py", "configuration_notellm2.py"} <= names
+    assert "hub.verify" in capsys.readouterr().out
+    assert AutoModel.from_pretrained(tmp_path).encode([NOTE]).shape == (1, 8)
+    assert AutoProcessor.from_pretrained(tmp_path).prompt == "micl"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt": "basic", "late_fusion": "none"},
+        {"prompt": "text"},
+        {"vision": ""},
+        {"connector": "mlp", "late_fusion": "vector", "language": "zh"},
+        {"num_text_layers": 1, "embedding_dim": 0},
+    ],
+    ids=str,
+)
+def test_variants_are_settings_and_survive_saving(
+    settings: dict, arguments: Callable[..., CompositionArguments], tmp_path: Path
+):
+    model = compose(arguments(**settings))
+    save_checkpoint(model, tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    notes = [{"title": "Oak shelf"}, {**NOTE, "content": "blue"}]
+    np.testing.assert_allclose(loaded.encode(notes), model.encode(notes), atol=1e-5)
+    assert loaded.processor.prompt == ("text" if settings.get("vision") == "" else settings.get("prompt", "micl"))
+    if settings.get("prompt") == "text":
+        assert loaded.connector is None and loaded.late_fusion is not None
+    if "num_text_layers" in settings:
+        assert len(loaded.language_model.layers) == 1 and loaded.encode(notes).shape[1] == model.config.hidden_size
+
+
+def test_same_seed_same_model(arguments: Callable[..., CompositionArguments]):
+    first, again, other = (compose(arguments(composition_seed=seed)).encode([NOTE]) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"llm": None}, "llm is missing"),
+        ({"num_text_layers": 9}, "num_text_layers=9"),
+        ({"qformer_hidden_size": 100}, "qformer_hidden_size=100"),
+        ({"late_fusion_initial_weight": 1.0}, "late_fusion_initial_weight=1.0"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict, message: str, arguments: Callable[..., CompositionArguments]):
+    with pytest.raises(ValueError, match=message):
+        compose(arguments(**settings))
+
+
+def test_command_ends_with_a_message_not_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", str(tmp_path)])
+    assert stopped.value.code == 2 and "llm is missing" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The training command, end to end, and every recipe of configs/."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from transformers import AutoModel
+
+from hub.verify import verify
+from pairs.split import load_split
+from train.run import main
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FAST = [
+    *("--use_cpu", "--disable_tqdm", "True", "--report_to", "none", "--per_device_train_batch_size", "4"),
+    *("--qformer_layers", "1", "--qformer_hidden_size", "64", "--num_visual_tokens", "2", "--eval_steps", "1"),
+    *("--save_steps", "1"),
+]
+
+
+def test_default_runs_from_simulation_to_a_checkpoint_that_stands_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "run"
+    main([*FAST, "--output_dir", str(output), "--num_simulated_notes", "192", "--max_steps", "2"])
+    printed = capsys.readouterr().out
+    for text in ("chance", "bm25", "best possible", "untrained", "trained", "AutoModel", "recall@10"):
+        assert text in printed
+    report = json.loads((output / "report" / "report.json").read_text())
+    rows = {(row["system"], row["modality"]) for row in report["rows"]}
+    assert {("trained", "both"), ("trained", "text"), ("trained", "image"), ("untrained", "both")} <= rows
+    settings = yaml.safe_load((output / "settings.yaml").read_text())
+    assert settings["training"]["max_steps"] == 2 and settings["data"]["num_simulated_notes"] == 192
+    model = AutoModel.from_pretrained(output)
+    notes = list(load_split(output / "data", "test").notes)
+    assert model.encode(notes).shape == (len(notes), 64)
+    assert verify(output) <= 1e-5
+    before = {(row["system"], row["modality"]): row["metrics"] for row in report["rows"]}
+    assert before["untrained", "both"] != before["trained", "both"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_trains_a_step(config: Path, world_folder: Path, backbones: tuple[Path, Path], tmp_path: Path):
+    output = tmp_path / "run"
+    data = ["--notes", str(world_folder / "notes.jsonl"), "--views", str(world_folder / "views.csv")]
+    layers = ["--num_text_layers", "1", "--pair_min_count", "1"]
+    parts = ["--llm", str(backbones[0]), "--vision", str(backbones[1])]
+    main([str(config), *FAST, *data, *parts, *layers, "--output_dir", str(output), "--max_steps", "1"])
+    embeds = AutoModel.from_pretrained(output).encode([{"title": "one"}, {"title": "two"}])
+    assert np.isfinite(embeds).all() and np.abs(embeds[0] - embeds[1]).max() > 0
+
+
+def test_resume_takes_the_last_checkpoint(tmp_path: Path):
+    arguments = [
+        *FAST,
+        "--output_dir",
+        str(tmp_path),
+        "--num_simulated_notes",
+        "192",
+        "--lr_scheduler_type",
+        "constant",
+    ]
+    main([*arguments, "--max_steps", "1"])
+    main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "last"])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and [e["step"] for e in state["log_history"] if "eval_recall@10" in e] == [1, 2]
