@@ -14,10 +14,11 @@ import bm25s
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_utils import load_image
 
 from evaluation.metrics import ScoreFunction
+from modeling_notellm2.modeling_notellm2 import load_backbone
 from modeling_notellm2.vision_notellm2 import VisionTower
 
 # Kana and Chinese characters are words of their own, since no space separates them; elsewhere a word is a run of
@@ -138,7 +139,7 @@ def pooled_image_features(
     # The PIL backend, as in NoteLLM-2's processor: features do not depend on whether torchvision is installed.
     processor = AutoImageProcessor.from_pretrained(vision_name_or_path, backend="pil")
     tower = VisionTower(config)
-    tower.model.load_state_dict(AutoModel.from_pretrained(vision_name_or_path, config=config).state_dict())
+    load_backbone(tower.model, vision_name_or_path, config, torch.float32)
     tower.to(default_device())
     batches = []
     for start in tqdm(range(0, len(positions), batch_size), desc="Images", unit="batch"):

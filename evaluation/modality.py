@@ -23,8 +23,8 @@ class NoteEncoder(Protocol):
     config: Any
     """Its `vision_config` is None if the model reads text alone."""
 
-    def encode(self, notes: Sequence[Mapping[str, Any]], *, batch_size: int, show_progress_bar: bool) -> np.ndarray:
-        """Return (N, D) float32 embeddings, L2-normalised, in the order of the notes."""
+    def encode(self, notes: Sequence[Mapping[str, Any]], *, batch_size: int, show_progress_bar: bool) -> Any:
+        """Return a NumPy array, (N, D) float32 embeddings, L2-normalised, in the order of the notes."""
 
 
 def with_modality(notes: Iterable[Mapping[str, Any]], modality: Modality) -> list[dict[str, Any]]:

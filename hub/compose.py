@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import HfArgumentParser
@@ -131,9 +131,8 @@ def save_checkpoint(model: NoteLLM2Model, output: str | os.PathLike) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = HfArgumentParser(
-        (CompositionArguments, OutputArguments), prog="python -m hub.compose", description=__doc__
-    )
+    kinds: Any = [CompositionArguments, OutputArguments]
+    parser = HfArgumentParser(kinds, prog="python -m hub.compose", description=__doc__)
     arguments, output = parser.parse_args_into_dataclasses(argv)
     try:
         model = compose(arguments)

@@ -2,8 +2,8 @@
 
     python -m hub.verify DIR
 
-Encodes a few notes here, then in a fresh process that cannot import this repository and loads the folder's own code with
-`trust_remote_code=True`, and compares. A folder that passes works for people who have nothing but transformers.
+Encodes a few notes here, then in a fresh process that cannot import this repository and loads the folder's own code
+with `trust_remote_code=True`, and compares. A folder that passes works for people who have nothing but transformers.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def encode_in_fresh_process(
         notes_file.write_text(json.dumps(packed), encoding="utf-8")
         script = Path(__file__).with_name("fresh_process.py")
         # Not resolved: the interpreter of a virtual environment is a link, and knows its packages by where it stands.
-        command = [Path(python).absolute(), "-I", script, Path(folder).resolve(), notes_file, embeddings_file]
+        files = [script, Path(folder).resolve(), notes_file, embeddings_file]
+        command = [str(Path(python).absolute()), "-I", *map(str, files)]
         # A modules cache of its own: the process must copy the folder's code, not find an earlier copy.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
         finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)

@@ -146,7 +146,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             config: settings of [`NoteLLM2Config`]. `num_visual_tokens` defaults to the processor's.
 
         Raises:
-            ValueError: a backbone's folder lacks weights its configuration asks for; `num_text_layers` out of range.
+            ValueError: a backbone's folder lacks weights its configuration asks for; the LLM is no decoder;
+                `num_text_layers` out of range.
         """
         if processor is None:
             # The prompt must have a place for visual tokens just when the connector makes some.
@@ -169,13 +170,17 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         }
         whole_config = NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings)
         for part in (text_config, vision_config, whole_config.qformer_config):
-            if part is not None:  # each was saved with a dtype of its own
-                part.dtype = dtype
+            if part is not None:
+                part.dtype = dtype  # each was saved with a dtype of its own
+                if os.path.isdir(part._name_or_path):
+                    part._name_or_path = ""  # a folder of this machine has no place in a checkpoint
         # Built in `dtype`, not cast to it: a cast would also round the LLM's rotary frequencies.
         model = cls._from_config(whole_config, dtype=dtype)
-        _load_backbone(model.language_model, llm, text_config, dtype)
+        load_backbone(model.language_model, llm, text_config, dtype)
         if model.vision_tower is not None and vision is not None and vision_config is not None:
-            _load_backbone(model.vision_tower.model, vision, vision_config, dtype)
+            load_backbone(model.vision_tower.model, vision, vision_config, dtype)
+        model.eval()
+        _refuse_two_way_attention(model.language_model, llm)
         embeddings = model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
         with torch.no_grad():
@@ -183,7 +188,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             everything = torch.arange(embeddings.weight.shape[0])
             model.image_embedding.copy_(embeddings(everything).mean(0))
         model._processor = processor
-        return model.eval()
+        return model
 
     @property
     def processor(self) -> NoteLLM2Processor:
@@ -472,7 +477,7 @@ def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
 
 
-def _load_backbone(target: nn.Module, source: str | os.PathLike, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+def load_backbone(target: nn.Module, source: str | os.PathLike, config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Copy a pretrained backbone's weights into the model; refuse a folder that lacks some.
 
     A weight that transformers could not find stays random with no more than a warning: never what a user wants here. A
@@ -493,6 +498,18 @@ def _load_backbone(target: nn.Module, source: str | os.PathLike, config: PreTrai
     target.load_state_dict(backbone.state_dict())
 
 
+@torch.no_grad()
+def _refuse_two_way_attention(language_model: nn.Module, source: str | os.PathLike) -> None:
+    """n_v must not see the text that follows it, so that the LLM has to be causal. Tried out: configurations do not
+    say it in one way."""
+    ids = torch.tensor([[1, 2], [1, 3]])
+    first_states = language_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0].float()
+    if not torch.allclose(first_states[0], first_states[1], atol=1e-3):
+        raise ValueError(
+            f"llm={str(source)!r} lets a token see the ones after it: give a decoder, whose attention is causal."
+        )
+
+
 NoteLLM2Model.register_for_auto_class("AutoModel")
 
-__all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel"]
+__all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel", "load_backbone"]

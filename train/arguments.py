@@ -133,7 +133,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         }
 
 
-_KINDS = (CompositionArguments, DataArguments, NoteLLM2TrainingArguments)
+_KINDS: tuple[Any, ...] = (CompositionArguments, DataArguments, NoteLLM2TrainingArguments)
 Arguments = tuple[CompositionArguments, DataArguments, NoteLLM2TrainingArguments]
 
 

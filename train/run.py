@@ -128,10 +128,11 @@ def train(
     features: dict[str, VisionFeatureTable | None] = {"train": None, "validation": None}
     if training.vision_features == "memory" and model.config.has_vision:
         features = {name: VisionFeatureTable(model, splits[name].notes) for name in features}
+    train_dataset = PairDataset(*splits["train"], features["train"])
     trainer = NoteLLM2Trainer(
         model=model,
         args=training,
-        train_dataset=PairDataset(*splits["train"], features["train"]),
+        train_dataset=train_dataset,
         eval_dataset=NoteDataset(splits["validation"].notes, features["validation"]),
         eval_related=related_of(splits["validation"]),
     )
@@ -152,7 +153,7 @@ def train(
         trainable,
         model.num_parameters(),
         training.llm_tuning,
-        len(trainer.train_dataset),
+        len(train_dataset),
         len(splits["train"].notes),
     )
     result = trainer.train(resume_from_checkpoint=_resume_from(training))
@@ -166,7 +167,7 @@ def train(
             command=" ".join(["accelerate launch", *sys.argv]),
             test_notes=len(notes),
             train_notes=len(splits["train"].notes),
-            train_pairs=len(trainer.train_dataset),
+            train_pairs=len(train_dataset),
             steps=trainer.state.global_step,
             train_seconds=round(result.metrics["train_runtime"], 1),
             best_step=trainer.state.best_global_step,

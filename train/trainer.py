@@ -62,6 +62,9 @@ class NoteLLM2Trainer(Trainer):
         kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, …).
     """
 
+    model: NoteLLM2Model
+    args: NoteLLM2TrainingArguments
+
     def __init__(
         self,
         model: NoteLLM2Model,
@@ -101,9 +104,10 @@ class NoteLLM2Trainer(Trainer):
         tensors = dict(inputs)
         note_index = tensors.pop("note_index")
         output: NoteLLM2Output = model(**tensors)
+        assert output.note_embeds is not None and output.logit_scale is not None
         masked = false_negative_mask(note_index, self.related)
         loss_m = contrastive_loss(output.note_embeds, output.logit_scale, masked)
-        parts = {"loss_m": loss_m, "temperature": 1.0 / output.logit_scale}
+        parts: dict[str, Tensor] = {"loss_m": loss_m, "temperature": 1.0 / output.logit_scale}
         loss = loss_m
         alpha = self.args.visual_loss_weight
         if output.visual_embeds is not None and alpha > 0:
@@ -143,9 +147,9 @@ class NoteLLM2Trainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Groups of parameters by learning rate (LLM, connector, fusion) and weight decay."""
         if self.optimizer is None:
-            module = self.model if model is None else model
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, module)
-            self.optimizer = optimizer_class(self.parameter_groups(module), **settings)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = self.parameter_groups(self.model if model is None else model)
+            self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:

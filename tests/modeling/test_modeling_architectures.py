@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
 from transformers.utils import logging as transformers_logging
 
+from hub.tiny_backbones import save_random_model
 from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from tests.backbones import LLMS, QFORMER, TOWERS, random_picture, save
@@ -324,3 +325,22 @@ def forward(model: NoteLLM2Model, notes: Notes, side: str) -> Any:
 
 def unit(state: Tensor) -> Tensor:
     return state / state.norm()
+
+
+def test_an_encoder_is_refused_as_llm(llm_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """BERT's attention runs both ways: n_v would see the text."""
+    config = BertConfig(
+        vocab_size=600, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    save_random_model(config, tmp_path)
+    AutoTokenizer.from_pretrained(llm_folder("llama")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lets a token see the ones after it"):
+        NoteLLM2Model.from_backbones(tmp_path)
+
+
+def test_folders_of_this_machine_stay_out_of_the_checkpoint(
+    tiny_checkpoint: Path, llm_folder: Callable[[str], Path], tower_folder: Callable[[str], Path]
+) -> None:
+    text = "".join(path.read_text() for path in tiny_checkpoint.glob("*.json"))
+    for folder in (llm_folder("llama"), tower_folder("clip"), tiny_checkpoint):
+        assert str(folder.parent) not in text
