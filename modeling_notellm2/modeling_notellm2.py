@@ -10,10 +10,10 @@ The model sees tensors only: `NoteLLM2Processor` makes them from notes, and the 
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
 from .fusion_notellm2 import GateOutput, LateFusion
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
+from .standardizer_notellm2 import Standardizer
 from .vision_notellm2 import VisionFeatures, VisionTower
 
 if is_peft_available():
@@ -62,6 +63,21 @@ class NoteLLM2Output(ModelOutput):
     logit_scale: Tensor | None = None
 
 
+class NoteStates(NamedTuple):
+    """What the LLM says of B notes.
+
+    Attributes:
+        note_states: (B, d_llm), n_m: the last hidden state of each prompt.
+        visual_states: (B, d_llm), n_v: the hidden state just before `<IMG_EMB>`, arbitrary in rows without one; `None`
+            when no row has one.
+        has_visual: (B,) bool, which rows have an n_v.
+    """
+
+    note_states: Tensor
+    visual_states: Tensor | None
+    has_visual: Tensor
+
+
 class NoteLLM2PreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by NoteLLM-2 models."""
 
@@ -81,7 +97,7 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.logit_scale, -math.log(self.config.initial_temperature))
         elif isinstance(module, QFormerConnector):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif isinstance(module, GateOutput):
+        elif isinstance(module, GateOutput | Standardizer):
             module.reset_parameters()
 
 
@@ -101,6 +117,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.connector = build_connector(config)
         self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
         width = config.hidden_size
+        self.note_standardizer = Standardizer(width) if config.standardize else nn.Identity()
+        self.visual_standardizer = Standardizer(width) if config.standardize and config.has_vision else nn.Identity()
         self.head = (
             nn.Identity() if config.embedding_dim is None else nn.Linear(width, config.embedding_dim, bias=False)
         )
@@ -259,7 +277,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         Raises:
             ValueError: the placeholders, the images and `has_image` do not agree.
         """
-        vision_features: VisionFeatures | None = None
+        vision_features = None
         if (patch_embeds is None) != (pooled_embeds is None):
             raise ValueError("patch_embeds and pooled_embeds go together: pass both, or pixel_values.")
         if patch_embeds is not None and pooled_embeds is not None:
@@ -272,6 +290,35 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if num_images != int(has_image.sum()):
             raise ValueError(f"{num_images} images were given for {int(has_image.sum())} notes with has_image=True.")
 
+        states = self.get_states(input_ids, attention_mask, vision_features, has_image)
+        note_states = self.note_standardizer(states.note_states)
+        visual_states = None if states.visual_states is None else self.visual_standardizer(states.visual_states)
+        fusion_weight = None
+        if self.late_fusion is not None:
+            gate_states = note_states
+            if visual_states is not None:
+                gate_states = torch.where(states.has_visual.unsqueeze(-1), visual_states, note_states)
+            note_states, visual_states, fusion_weight = self._fuse(
+                vision_features, has_image, gate_states, note_states, visual_states
+            )
+        visual_embeds = None
+        if visual_states is not None:
+            visual_embeds = self._to_embeds(visual_states) * states.has_visual.unsqueeze(-1)
+        return NoteLLM2Output(
+            note_embeds=self._to_embeds(note_states),
+            visual_embeds=visual_embeds,
+            fusion_weight=fusion_weight,
+            logit_scale=self._scale(),
+        )
+
+    def get_states(
+        self, input_ids: Tensor, attention_mask: Tensor, vision_features: VisionFeatures | None, has_image: Tensor
+    ) -> "NoteStates":
+        """Run the LLM and read n_m and n_v; arguments as in `forward`.
+
+        Raises:
+            ValueError: the placeholders and the images do not agree.
+        """
         inputs_embeds = self._embed(input_ids, vision_features, has_image)
         # Positions count real tokens only, so that left padding does not shift them.
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -285,24 +332,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         is_end = input_ids == self.config.image_embedding_token_id  # (B, T)
         has_visual = is_end.any(-1)
         visual_states = states[rows, is_end.int().argmax(-1) - 1] if bool(has_visual.any()) else None  # n_v
-
-        fusion_weight = None
-        if self.late_fusion is not None:
-            gate_states = note_states
-            if visual_states is not None:
-                gate_states = torch.where(has_visual.unsqueeze(-1), visual_states, note_states)
-            note_states, visual_states, fusion_weight = self._fuse(
-                vision_features, has_image, gate_states, note_states, visual_states
-            )
-        visual_embeds = None
-        if visual_states is not None:
-            visual_embeds = self._to_embeds(visual_states) * has_visual.unsqueeze(-1)
-        return NoteLLM2Output(
-            note_embeds=self._to_embeds(note_states),
-            visual_embeds=visual_embeds,
-            fusion_weight=fusion_weight,
-            logit_scale=self._scale(),
-        )
+        return NoteStates(note_states, visual_states, has_visual)
 
     @torch.no_grad()
     def encode(
@@ -356,6 +386,43 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if truncate_dim is not None:
             result = functional.normalize(result[:, :truncate_dim], dim=-1)
         return result if convert_to_tensor else result.cpu().numpy()
+
+    @torch.no_grad()
+    def fit_standardization(
+        self, notes: Sequence[Any], batch_size: int = 32, processor: NoteLLM2Processor | None = None
+    ) -> None:
+        """Measure the mean and standard deviation of n_m, n_v and the pooled visual embedding; before training.
+
+        Args:
+            notes: a sample of the training notes, some hundreds.
+            batch_size: notes a forward pass.
+            processor: by default the one saved beside the model.
+
+        Raises:
+            ValueError: fewer than two notes, or `config.standardize=False`.
+        """
+        if not self.config.standardize:
+            raise ValueError("config.standardize=False: this model has no statistics to measure.")
+        if len(notes) < 2:
+            raise ValueError(f"notes={len(notes)}: statistics need at least two notes, better some hundreds.")
+        processor = processor or self.processor
+        was_training = self.training
+        self.eval()
+        found: dict[nn.Module, list[Tensor]] = {}
+        for start in tqdm(range(0, len(notes), batch_size), desc="standardise", unit="batch"):
+            chunk = range(start, min(start + batch_size, len(notes)))
+            batch = processor.collate([processor.encode_note(notes[i], i) for i in chunk]).to(self.device)
+            text = {name: batch.pop(name) for name in ("input_ids", "attention_mask", "has_image")}
+            features = self.get_image_features(**batch) if batch else None
+            states = self.get_states(text["input_ids"], text["attention_mask"], features, text["has_image"])
+            found.setdefault(self.note_standardizer, []).append(states.note_states)
+            if states.visual_states is not None:
+                found.setdefault(self.visual_standardizer, []).append(states.visual_states[states.has_visual])
+            if features is not None and self.late_fusion is not None:
+                found.setdefault(self.late_fusion.standardizer, []).append(features.pooled_embeds)
+        for standardizer, parts in found.items():
+            standardizer.fit(torch.cat(parts))  # type: ignore[operator]
+        self.train(was_training)
 
     def add_lora(self, **settings: Any) -> None:
         """Add LoRA adapters to the LLM; they become part of the config and of every checkpoint.
