@@ -58,10 +58,10 @@ class CompositionArguments:
     late_fusion_normalize: bool = field(
         default=True, metadata={"help": "Bring both sides of the gate to one norm (False: the paper's code)."}
     )
-    standardize: bool = field(
+    whiten: bool = field(
         default=True,
         metadata={
-            "help": "Standardise n_m, n_v and the visual embedding by statistics of the notes (False: the paper)."
+            "help": "Whiten n_m, n_v and the visual embedding by statistics of the training notes (False: the paper)."
         },
     )
     embedding_dim: int = field(
@@ -123,7 +123,7 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
             late_fusion=None if arguments.late_fusion == "none" else arguments.late_fusion,
             late_fusion_initial_weight=arguments.late_fusion_initial_weight,
             late_fusion_normalize=arguments.late_fusion_normalize,
-            standardize=arguments.standardize,
+            whiten=arguments.whiten,
             embedding_dim=arguments.embedding_dim or None,
             initial_temperature=arguments.initial_temperature,
             learnable_temperature=arguments.learnable_temperature,

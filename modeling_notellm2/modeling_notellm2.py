@@ -30,7 +30,7 @@ from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
 from .fusion_notellm2 import GateOutput, LateFusion
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
-from .standardizer_notellm2 import Standardizer
+from .whitening_notellm2 import Whitener
 from .vision_notellm2 import VisionFeatures, VisionTower
 
 if is_peft_available():
@@ -97,7 +97,7 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.logit_scale, -math.log(self.config.initial_temperature))
         elif isinstance(module, QFormerConnector):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif isinstance(module, GateOutput | Standardizer):
+        elif isinstance(module, GateOutput | Whitener):
             module.reset_parameters()
 
 
@@ -117,8 +117,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.connector = build_connector(config)
         self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
         width = config.hidden_size
-        self.note_standardizer = Standardizer(width) if config.standardize else nn.Identity()
-        self.visual_standardizer = Standardizer(width) if config.standardize and config.has_vision else nn.Identity()
+        self.note_whitener = Whitener(width) if config.whiten else nn.Identity()
+        self.visual_whitener = Whitener(width) if config.whiten and config.has_vision else nn.Identity()
         self.head = (
             nn.Identity() if config.embedding_dim is None else nn.Linear(width, config.embedding_dim, bias=False)
         )
@@ -291,8 +291,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             raise ValueError(f"{num_images} images were given for {int(has_image.sum())} notes with has_image=True.")
 
         states = self.get_states(input_ids, attention_mask, vision_features, has_image)
-        note_states = self.note_standardizer(states.note_states)
-        visual_states = None if states.visual_states is None else self.visual_standardizer(states.visual_states)
+        note_states = self.note_whitener(states.note_states)
+        visual_states = None if states.visual_states is None else self.visual_whitener(states.visual_states)
         fusion_weight = None
         if self.late_fusion is not None:
             gate_states = note_states
@@ -388,40 +388,40 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return result if convert_to_tensor else result.cpu().numpy()
 
     @torch.no_grad()
-    def fit_standardization(
+    def fit_whitening(
         self, notes: Sequence[Any], batch_size: int = 32, processor: NoteLLM2Processor | None = None
     ) -> None:
-        """Measure the mean and standard deviation of n_m, n_v and the pooled visual embedding; before training.
+        """Measure the means and correlations of n_m, n_v and the pooled visual embedding; before training.
 
         Args:
-            notes: a sample of the training notes, some hundreds.
+            notes: a sample of the training notes, a thousand or so.
             batch_size: notes a forward pass.
             processor: by default the one saved beside the model.
 
         Raises:
-            ValueError: fewer than two notes, or `config.standardize=False`.
+            ValueError: fewer than two notes, or `config.whiten=False`.
         """
-        if not self.config.standardize:
-            raise ValueError("config.standardize=False: this model has no statistics to measure.")
+        if not self.config.whiten:
+            raise ValueError("config.whiten=False: this model has no statistics to measure.")
         if len(notes) < 2:
-            raise ValueError(f"notes={len(notes)}: statistics need at least two notes, better some hundreds.")
+            raise ValueError(f"notes={len(notes)}: statistics need at least two notes, better a thousand.")
         processor = processor or self.processor
         was_training = self.training
         self.eval()
         found: dict[nn.Module, list[Tensor]] = {}
-        for start in tqdm(range(0, len(notes), batch_size), desc="standardise", unit="batch"):
+        for start in tqdm(range(0, len(notes), batch_size), desc="whitening", unit="batch"):
             chunk = range(start, min(start + batch_size, len(notes)))
             batch = processor.collate([processor.encode_note(notes[i], i) for i in chunk]).to(self.device)
             text = {name: batch.pop(name) for name in ("input_ids", "attention_mask", "has_image")}
             features = self.get_image_features(**batch) if batch else None
             states = self.get_states(text["input_ids"], text["attention_mask"], features, text["has_image"])
-            found.setdefault(self.note_standardizer, []).append(states.note_states)
+            found.setdefault(self.note_whitener, []).append(states.note_states)
             if states.visual_states is not None:
-                found.setdefault(self.visual_standardizer, []).append(states.visual_states[states.has_visual])
+                found.setdefault(self.visual_whitener, []).append(states.visual_states[states.has_visual])
             if features is not None and self.late_fusion is not None:
-                found.setdefault(self.late_fusion.standardizer, []).append(features.pooled_embeds)
-        for standardizer, parts in found.items():
-            standardizer.fit(torch.cat(parts))  # type: ignore[operator]
+                found.setdefault(self.late_fusion.whitener, []).append(features.pooled_embeds)
+        for whitener, parts in found.items():
+            whitener.fit(torch.cat(parts))  # type: ignore[operator]
         self.train(was_training)
 
     def add_lora(self, **settings: Any) -> None:

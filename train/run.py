@@ -35,8 +35,8 @@ from train.trainer import NoteLLM2Trainer
 
 logger = logging.getLogger("train")
 
-NUM_STANDARDIZATION_NOTES = 512
-"""Training notes over which means and standard deviations are measured: enough for some hundred dimensions."""
+NUM_WHITENING_NOTES = 1024
+"""Training notes over which the statistics of whitening are measured."""
 
 WELCOME = """
 Saved to {folder}. Use it:
@@ -150,9 +150,9 @@ def train(
         rows += ceiling_rows(test.notes, test_related, ks)
         batch_size = training.per_device_eval_batch_size
         rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
-    if composition.standardize:
+    if composition.whiten:
         order = np.random.default_rng(training.seed).permutation(len(splits["train"].notes))
-        model.fit_standardization(list(splits["train"].notes.select(order[:NUM_STANDARDIZATION_NOTES])))
+        model.fit_whitening(list(splits["train"].notes.select(order[:NUM_WHITENING_NOTES])))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "Training %d of %d parameters (LLM: %s) on %d pairs of %d notes",
