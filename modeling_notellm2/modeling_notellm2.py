@@ -30,8 +30,8 @@ from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
 from .fusion_notellm2 import GateOutput, LateFusion
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
-from .whitening_notellm2 import Whitener
 from .vision_notellm2 import VisionFeatures, VisionTower
+from .whitening_notellm2 import Whitener
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model

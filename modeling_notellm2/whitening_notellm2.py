@@ -1,17 +1,17 @@
 """Whitening: what a pretrained backbone says of all notes alike is taken out before anything new is trained.
 
 The last hidden states of an LLM point nearly the same way for every note (mean cosine 0.99 for SmolLM2 on real notes),
-and vary along a few directions much more than along all others; so do the pooled features of a CNN. Cosine similarities
-then hardly differ, the contrastive loss sits on the plateau log(2N − 1), and a short training never leaves it. Whitening
-sentence representations is Su et al. (arXiv 2103.15316); NoteLLM-2 does not do it: see docs/LOG.md for what it changes.
+and vary along a few directions much more than along all others; so do the pooled features of a CNN. Cosines then hardly
+differ, the contrastive loss sits on the plateau log(2N − 1), and a short training never leaves it. Whitening sentence
+representations is Su et al. (arXiv 2103.15316); NoteLLM-2 does not do it: see docs/LOG.md for what it changes.
 """
 
 import torch
 from torch import Tensor, nn
 
 SHRINKAGE = 0.1
-"""Weight of the identity in the estimated correlations (as Ledoit and Wolf shrink them): directions in which a sample of
-notes hardly varies are not blown up."""
+"""Weight of the identity in the estimated correlations (as Ledoit and Wolf shrink them): directions in which a sample
+of notes hardly varies are not blown up."""
 
 
 class Whitener(nn.Module):
