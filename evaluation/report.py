@@ -30,14 +30,16 @@ class ReportRow:
     Args:
         system: the row's name: a model's, or a baseline's.
         modality: what the system sees of a note: "both", "text", "image", or "-" for a system that sees nothing.
-        metrics: metric name to value in [0, 1], the same names in all rows of a report.
+        metrics: metric name to value in [0, 1]; the first row of a report names the columns, others may lack some.
         details: whatever else is worth keeping in the JSON, as the number of notes that were blank.
+        is_bound: the row is a bound, not a system: it is never marked as the best of a column.
     """
 
     system: str
     modality: str
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
+    is_bound: bool = False
 
 
 def markdown_table(rows: Sequence[ReportRow]) -> str:
@@ -73,18 +75,22 @@ def _cells(rows: Sequence[ReportRow], mark: str, plain: str) -> list[list[str]]:
         raise ValueError("rows is empty: evaluate at least one model or baseline.")
     names = list(rows[0].metrics)
     for row in rows:
-        if list(row.metrics) != names:
+        if not set(row.metrics) <= set(names):
             raise ValueError(
                 f"Row {row.system!r} ({row.modality}) has metrics {list(row.metrics)}, the first row {names}: "
                 "evaluate all systems with the same ks."
             )
-    best = {name: max(row.metrics[name] for row in rows) for name in names}
+    best = {
+        name: max((row.metrics[name] for row in rows if name in row.metrics and not row.is_bound), default=math.nan)
+        for name in names
+    }
     table = [["system", "modality", *names]]
     for row in rows:
-        values = [
-            (mark if math.isclose(value, best[name], rel_tol=1e-9) else plain).format(f"{value:.4f}")
-            for name, value in row.metrics.items()
-        ]
+        values = []
+        for name in names:
+            is_best = not row.is_bound and name in row.metrics and math.isclose(row.metrics[name], best[name])
+            text = f"{row.metrics[name]:.4f}" if name in row.metrics else "-"
+            values.append((mark if is_best else plain).format(text))
         table.append([row.system, row.modality, *values])
     return table
 

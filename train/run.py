@@ -97,7 +97,7 @@ def ceiling_rows(notes: Table, related: Sequence[np.ndarray], ks: Sequence[int])
     if not {"subject", "look"} <= set(notes.column_names):
         return []
     best = ceilings(notes["subject"], notes["look"], related, ks)
-    return [ReportRow("best possible", modality, metrics) for modality, metrics in best.items()]
+    return [ReportRow("best possible", modality, metrics, is_bound=True) for modality, metrics in best.items()]
 
 
 def save_settings(folder: Path, arguments: Sequence[Any]) -> None:

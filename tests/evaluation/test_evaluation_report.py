@@ -31,9 +31,18 @@ def test_text_is_aligned() -> None:
     ]
 
 
+def test_bounds_are_never_the_best_and_may_lack_metrics() -> None:
+    bound = ReportRow("best possible", "both", {"recall@10": 0.9}, is_bound=True)
+    assert text_table([*ROWS, bound]).splitlines()[2:] == [
+        "chance         -            0.0272   0.5000*",
+        "a|b            both         0.1235*  0.5000*",
+        "best possible  both         0.9000        -",
+    ]
+
+
 def test_rows_must_agree() -> None:
     with pytest.raises(ValueError, match="'other'.*same ks"):
-        text_table([*ROWS, ReportRow("other", "-", {"mrr": 0.1})])
+        text_table([*ROWS, ReportRow("other", "-", {"mrr": 0.1, "recall@5": 0.1})])
     with pytest.raises(ValueError, match="rows is empty"):
         markdown_table([])
 
@@ -50,6 +59,7 @@ def test_write_report(tmp_path: Path) -> None:
         "modality": "both",
         "metrics": {"recall@10": 0.12345, "mrr": 0.5},
         "details": {"blank_notes": 2},
+        "is_bound": False,
     }
     markdown = (tmp_path / "new" / "folder" / "report.md").read_text(encoding="utf-8")
     assert markdown_table(ROWS) in markdown
