@@ -239,12 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.model and not options.baselines:
         parser.error("nothing to evaluate: give --model or --baselines")
-    folders = [
-        load_notes_and_related(folder / "notes.parquet", folder / "pairs.parquet") if folder is not None else None
-        for folder in (options.train, options.validation)
-    ]
-    split = load_notes_and_related(options.notes, options.pairs)
     try:
+        folders = [
+            load_notes_and_related(folder / "notes.parquet", folder / "pairs.parquet") if folder is not None else None
+            for folder in (options.train, options.validation)
+        ]
+        split = load_notes_and_related(options.notes, options.pairs)
         rows = evaluate_baselines(
             split.notes,
             split.related,
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             head=HeadSettings(steps=options.head_steps, seed=options.seed),
             batch_size=options.batch_size,
         )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     for specification in options.model:
         name, _, path = specification.rpartition("=")

@@ -10,7 +10,7 @@ The model sees tensors only: `NoteLLM2Processor` makes them from notes, and the 
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -277,19 +277,16 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         Raises:
             ValueError: the placeholders, the images and `has_image` do not agree.
         """
-        vision_features = None
-        if (patch_embeds is None) != (pooled_embeds is None):
-            raise ValueError("patch_embeds and pooled_embeds go together: pass both, or pixel_values.")
-        if patch_embeds is not None and pooled_embeds is not None:
-            vision_features = VisionFeatures(patch_embeds, pooled_embeds, patch_attention_mask)
-        elif pixel_values is not None:
-            vision_features = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes)
-        if has_image is None:
-            has_image = torch.full(input_ids.shape[:1], vision_features is not None, device=input_ids.device)
-        num_images = 0 if vision_features is None else vision_features.pooled_embeds.shape[0]
-        if num_images != int(has_image.sum()):
-            raise ValueError(f"{num_images} images were given for {int(has_image.sum())} notes with has_image=True.")
-
+        vision_features, has_image = self._vision_inputs(
+            input_ids,
+            pixel_values,
+            pixel_attention_mask,
+            spatial_shapes,
+            patch_embeds,
+            pooled_embeds,
+            patch_attention_mask,
+            has_image,
+        )
         states = self.get_states(input_ids, attention_mask, vision_features, has_image)
         note_states = self.note_whitener(states.note_states)
         visual_states = None if states.visual_states is None else self.visual_whitener(states.visual_states)
@@ -388,41 +385,36 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return result if convert_to_tensor else result.cpu().numpy()
 
     @torch.no_grad()
-    def fit_whitening(
-        self, notes: Sequence[Any], batch_size: int = 32, processor: NoteLLM2Processor | None = None
-    ) -> None:
-        """Measure the means and correlations of n_m, n_v and the pooled visual embedding; before training.
+    def fit_whitening(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Measure the means and correlations of n_m, n_v and the pooled visual embedding; once, before training.
 
         Args:
-            notes: a sample of the training notes, a thousand or so.
-            batch_size: notes a forward pass.
-            processor: by default the one saved beside the model.
+            batches: inputs of `forward` for a sample of the training notes, a thousand or so.
 
         Raises:
-            ValueError: fewer than two notes, or `config.whiten=False`.
+            ValueError: `config.whiten=False`, or fewer than two notes.
         """
         if not self.config.whiten:
             raise ValueError("config.whiten=False: this model has no statistics to measure.")
-        if len(notes) < 2:
-            raise ValueError(f"notes={len(notes)}: statistics need at least two notes, better a thousand.")
-        processor = processor or self.processor
         was_training = self.training
         self.eval()
-        found: dict[nn.Module, list[Tensor]] = {}
-        for start in tqdm(range(0, len(notes), batch_size), desc="whitening", unit="batch"):
-            chunk = range(start, min(start + batch_size, len(notes)))
-            batch = processor.collate([processor.encode_note(notes[i], i) for i in chunk]).to(self.device)
-            text = {name: batch.pop(name) for name in ("input_ids", "attention_mask", "has_image")}
-            features = self.get_image_features(**batch) if batch else None
-            states = self.get_states(text["input_ids"], text["attention_mask"], features, text["has_image"])
-            found.setdefault(self.note_whitener, []).append(states.note_states)
+        found: dict[nn.Module, list[Tensor]] = {self.note_whitener: []}
+        for batch in batches:
+            inputs = {name: value.to(self.device) for name, value in batch.items()}
+            attention_mask = inputs.pop("attention_mask")
+            features, has_image = self._vision_inputs(**inputs)
+            states = self.get_states(inputs["input_ids"], attention_mask, features, has_image)
+            found[self.note_whitener].append(states.note_states)
             if states.visual_states is not None:
                 found.setdefault(self.visual_whitener, []).append(states.visual_states[states.has_visual])
             if features is not None and self.late_fusion is not None:
                 found.setdefault(self.late_fusion.whitener, []).append(features.pooled_embeds)
+        self.train(was_training)
+        num_notes = sum(map(len, found[self.note_whitener]))
+        if num_notes < 2:
+            raise ValueError(f"batches hold {num_notes} notes: statistics need at least two, better a thousand.")
         for whitener, parts in found.items():
             whitener.fit(torch.cat(parts))  # type: ignore[operator]
-        self.train(was_training)
 
     def add_lora(self, **settings: Any) -> None:
         """Add LoRA adapters to the LLM; they become part of the config and of every checkpoint.
@@ -478,6 +470,32 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             progress.update(len(picked))
         assert result is not None  # a window is never empty
         return result
+
+    def _vision_inputs(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        patch_embeds: Tensor | None = None,
+        pooled_embeds: Tensor | None = None,
+        patch_attention_mask: Tensor | None = None,
+        has_image: Tensor | None = None,
+    ) -> tuple[VisionFeatures | None, Tensor]:
+        """The inputs of `forward` that concern images ─► the tower's output, and which notes it belongs to."""
+        if (patch_embeds is None) != (pooled_embeds is None):
+            raise ValueError("patch_embeds and pooled_embeds go together: pass both, or pixel_values.")
+        features: VisionFeatures | None = None
+        if patch_embeds is not None and pooled_embeds is not None:
+            features = VisionFeatures(patch_embeds, pooled_embeds, patch_attention_mask)
+        elif pixel_values is not None:
+            features = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes)
+        if has_image is None:
+            has_image = torch.full(input_ids.shape[:1], features is not None, device=input_ids.device)
+        num_images = 0 if features is None else features.pooled_embeds.shape[0]
+        if num_images != int(has_image.sum()):
+            raise ValueError(f"{num_images} images were given for {int(has_image.sum())} notes with has_image=True.")
+        return features, has_image
 
     def _embed(self, input_ids: Tensor, features: VisionFeatures | None, has_image: Tensor) -> Tensor:
         """(B, T) ids ─► (B, T, d_llm): the LLM's embeddings, `<IMG_EMB>`'s own, and visual tokens for `<IMG>`."""

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from accelerate import PartialState
 from datasets import Dataset as Table
+from tqdm.auto import tqdm
 from transformers import AutoModel, set_seed
 
 from evaluation.report import ReportRow, collect_facts, text_table, write_report
@@ -29,7 +30,7 @@ from pairs.simulate import simulate
 from pairs.split import NotesAndPairs, load_split, make_splits
 from pairs.tables import load_notes, load_views, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
-from train.data import NoteDataset, PairDataset
+from train.data import NoteCollator, NoteDataset, PairDataset
 from train.features import VisionFeatureTable
 from train.trainer import NoteLLM2Trainer
 
@@ -92,10 +93,17 @@ def related_of(split: NotesAndPairs) -> list[np.ndarray]:
     return related_indices(list(split.notes["note_id"]), split.pairs)
 
 
+def fit_whitening(model: NoteLLM2Model, notes: NoteDataset, training: NoteLLM2TrainingArguments) -> None:
+    """Fit the model's whitening on a random sample of the training notes."""
+    rows = np.random.default_rng(training.seed).permutation(len(notes))[:NUM_WHITENING_NOTES].tolist()
+    collate, batch_size = NoteCollator(model.processor), training.per_device_eval_batch_size
+    starts = tqdm(range(0, len(rows), batch_size), desc="whitening", unit="batch")
+    batches = (collate([notes[row] for row in rows[start : start + batch_size]]) for start in starts)
+    model.fit_whitening({k: v for k, v in batch.items() if k != "note_index"} for batch in batches)
+
+
 def ceiling_rows(notes: Table, related: Sequence[np.ndarray], ks: Sequence[int]) -> list[ReportRow]:
-    """What perfect knowledge of the simulated text, picture or both would reach; nothing for real notes."""
-    if not {"subject", "look"} <= set(notes.column_names):
-        return []
+    """What perfect knowledge of the simulated text, picture or both would reach on simulated notes."""
     best = ceilings(notes["subject"], notes["look"], related, ks)
     return [ReportRow("best possible", modality, metrics, is_bound=True) for modality, metrics in best.items()]
 
@@ -147,12 +155,12 @@ def train(
         notes, ks = list(test.notes), training.eval_ks
         logger.info("Measuring baselines and the untrained model on %d test notes", len(notes))
         rows += evaluate_baselines(notes, test_related, ["chance", "bm25"], ks=ks)
-        rows += ceiling_rows(test.notes, test_related, ks)
+        if simulated:
+            rows += ceiling_rows(test.notes, test_related, ks)
         batch_size = training.per_device_eval_batch_size
         rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
     if composition.whiten:
-        order = np.random.default_rng(training.seed).permutation(len(splits["train"].notes))
-        model.fit_whitening(list(splits["train"].notes.select(order[:NUM_WHITENING_NOTES])))
+        fit_whitening(model, NoteDataset(splits["train"].notes, features["train"]), training)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "Training %d of %d parameters (LLM: %s) on %d pairs of %d notes",

@@ -52,14 +52,14 @@ def test_model_measures_each_of_its_three_inputs(compose: Compose, notes: Notes)
     model = compose()
     before = model.encode(notes)
     model.train()
-    model.fit_whitening(notes * 3, batch_size=4)
+    model.fit_whitening([model.processor(notes[:4]), model.processor(notes[2:])])
     assert model.training
     whiteners = [model.note_whitener, model.visual_whitener, model.late_fusion.whitener]
     for whitener in whiteners:
         assert not torch.equal(whitener.matrix, torch.eye(len(whitener.mean)))
     assert np.abs(model.encode(notes) - before).max() > 1e-3
-    # n_m of these very notes, whitened, is centred.
-    batch = model.processor(notes)
+    # n_m of the very notes it was fitted on, whitened, is centred.
+    batch = model.processor(notes[:4] + notes[2:])
     features = model.eval().get_image_features(batch["pixel_values"])
     with torch.no_grad():
         states = model.get_states(batch["input_ids"], batch["attention_mask"], features, batch["has_image"])
@@ -69,7 +69,7 @@ def test_model_measures_each_of_its_three_inputs(compose: Compose, notes: Notes)
 
 def test_fitted_model_saves_loads_and_ignores_neighbours(compose: Compose, notes: Notes, tmp_path: Path):
     model = compose()
-    model.fit_whitening(notes)
+    model.fit_whitening([model.processor(notes)])
     embeds = model.encode(notes)
     np.testing.assert_allclose(model.encode(notes, batch_size=1), embeds, atol=1e-5)
     np.testing.assert_allclose(model.encode(notes[::-1])[::-1], embeds, atol=1e-5)
@@ -81,6 +81,7 @@ def test_can_be_left_out(compose: Compose, notes: Notes):
     model = compose(whiten=False)
     assert not [name for name, _ in model.named_buffers() if "whitener" in name]
     with pytest.raises(ValueError, match="whiten=False"):
-        model.fit_whitening(notes)
-    with pytest.raises(ValueError, match="notes=1"):
-        compose().fit_whitening(notes[:1])
+        model.fit_whitening([model.processor(notes)])
+    for batches in ([], [model.processor(notes[:1])]):
+        with pytest.raises(ValueError, match="at least two"):
+            compose().fit_whitening(batches)
