@@ -16,7 +16,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 FAST = [
     *("--use_cpu", "--disable_tqdm", "True", "--report_to", "none", "--per_device_train_batch_size", "4"),
     *("--qformer_layers", "1", "--qformer_hidden_size", "64", "--num_visual_tokens", "2", "--eval_steps", "1"),
-    *("--save_steps", "1"),
+    *("--save_steps", "1", "--warmup_steps", "0"),
 ]
 
 
