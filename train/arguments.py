@@ -93,10 +93,14 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     )
     connector_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of connector, <IMG_EMB>, head and temperature (default: learning_rate)."},
+        metadata={"help": "Learning rate of what comes before the LLM: connector, <IMG_EMB> (default: learning_rate)."},
     )
-    fusion_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the gate and its projection (default: learning_rate)."}
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of what comes after the LLM: the gate and its projection, the head, the temperature "
+            "(default: learning_rate)."
+        },
     )
     vision_features: Literal["recompute", "memory"] = field(
         default="recompute",

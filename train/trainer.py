@@ -145,7 +145,7 @@ class NoteLLM2Trainer(Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Groups of parameters by learning rate (LLM, connector, fusion) and weight decay."""
+        """Groups of parameters by learning rate (LLM, what comes before it, what comes after it) and weight decay."""
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
             groups = self.parameter_groups(self.model if model is None else model)
@@ -165,7 +165,7 @@ class NoteLLM2Trainer(Trainer):
         rates = {
             "llm": self.args.learning_rate,
             "connector": self.args.connector_learning_rate,
-            "fusion": self.args.fusion_learning_rate,
+            "head": self.args.head_learning_rate,
         }
         return [
             {
@@ -182,7 +182,7 @@ def _part(name: str) -> str:
     name = name.removeprefix("module.")
     if name.startswith(("language_model.", "vision_tower.")):
         return "llm"
-    return "fusion" if name.startswith("late_fusion.") else "connector"
+    return "connector" if name.startswith("connector.") or name == "image_embedding" else "head"
 
 
 __all__ = ["NoteLLM2Trainer", "RetrievalEvaluation", "apply_llm_tuning"]

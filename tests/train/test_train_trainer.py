@@ -93,7 +93,7 @@ def test_visual_loss_leaves_out_pairs_without_both_images(build_trainer: BuildTr
 
 def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer: BuildTrainer):
     trainer = build_trainer(
-        llm_tuning="full", learning_rate=1e-4, connector_learning_rate=1e-3, fusion_learning_rate=1e-2, weight_decay=0.1
+        llm_tuning="full", learning_rate=1e-4, connector_learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.1
     )
     groups = trainer.parameter_groups(trainer.model)
     by_id = {id(p): group for group in groups for p in group["params"]}
@@ -101,8 +101,9 @@ def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer
     assert len(by_id) == len(trained) == sum(len(group["params"]) for group in groups)
     rates = {name: by_id[id(p)]["lr"] for name, p in trained.items()}
     assert rates["language_model.layers.0.self_attn.q_proj.weight"] == 1e-4
-    assert rates["connector.query_tokens"] == rates["head.weight"] == rates["logit_scale"] == 1e-3
+    assert rates["connector.query_tokens"] == rates["image_embedding"] == 1e-3
     assert rates["late_fusion.projection.weight"] == rates["late_fusion.gate.2.bias"] == 1e-2
+    assert rates["head.weight"] == rates["logit_scale"] == 1e-2
     decay = {name: by_id[id(p)]["weight_decay"] for name, p in trained.items()}
     assert decay["head.weight"] == 0.1
     assert decay["logit_scale"] == decay["image_embedding"] == decay["late_fusion.gate.2.bias"] == 0.0
