@@ -65,6 +65,6 @@ def test_help_is_complete(capsys: pytest.CaptureFixture[str]):
         "--visual_loss_weight",
         "--num_text_layers",
         "--pair_score",
-        "--fusion_learning_rate",
+        "--head_learning_rate",
     ):
         assert option in text
