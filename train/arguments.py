@@ -109,6 +109,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             "output (the same result, faster, P · d_v · 4 bytes a note)."
         },
     )
+    eval_untrained: bool = field(default=True, metadata={"help": "Measure the untrained model on the test notes, too."})
     eval_ks: list[int] = field(default_factory=lambda: [10, 100], metadata={"help": "Cut-offs of Recall@K and NDCG@K."})
     report_to: str | None = field(
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, …, all or none."}

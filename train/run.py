@@ -153,12 +153,13 @@ def train(
     rows: list[ReportRow] = []
     if state.is_main_process:
         notes, ks = list(test.notes), training.eval_ks
-        logger.info("Measuring baselines and the untrained model on %d test notes", len(notes))
+        logger.info("Measuring baselines on %d test notes", len(notes))
         rows += evaluate_baselines(notes, test_related, ["chance", "bm25"], ks=ks)
         if simulated:
             rows += ceiling_rows(test.notes, test_related, ks)
         batch_size = training.per_device_eval_batch_size
-        rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
+        if training.eval_untrained:
+            rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
     if composition.whiten:
         fit_whitening(model, NoteDataset(splits["train"].notes, features["train"]), training)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
