@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import HfArgumentParser
+from transformers import AutoModel, HfArgumentParser
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 
@@ -22,6 +22,10 @@ from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
 class CompositionArguments:
     """What a model is made of. Every ablation of the paper is a setting here."""
 
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to go on from (folder or Hub id), instead of --llm and all that follows here."},
+    )
     llm: str | None = field(default=None, metadata={"help": "Folder or Hub id of the decoder LLM."})
     vision: str | None = field(
         default=None,
@@ -90,6 +94,9 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
     Raises:
         ValueError: no LLM, or settings that contradict one another.
     """
+    if arguments.model is not None:
+        model: NoteLLM2Model = AutoModel.from_pretrained(arguments.model)
+        return model
     if arguments.llm is None:
         raise ValueError("llm is missing: give --llm a local folder or a Hub id of a decoder LLM.")
     if arguments.qformer_hidden_size % 64:

@@ -35,7 +35,7 @@ def main(folder: str, notes_file: str, embeddings_file: str) -> None:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     if not type(model).__module__.startswith("transformers_modules."):
         raise SystemExit(f"the model came from {type(model).__module__}, not from the folder's own code")
-    np.save(embeddings_file, model.encode(notes, batch_size=2))
+    np.save(embeddings_file, model.encode(notes))
 
 
 if __name__ == "__main__":

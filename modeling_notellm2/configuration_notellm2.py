@@ -37,7 +37,7 @@ class NoteLLM2Config(PreTrainedConfig):
         whiten: centre and whiten n_m, n_v and the pooled visual embedding by the statistics that
             `NoteLLM2Model.fit_whitening` measures; until then it changes nothing. `False` is the paper.
         embedding_dim: width of the note embedding (64 in the paper); `None` keeps the LLM's width and adds no head.
-        initial_temperature: softmax temperature of the contrastive loss before training, > 0. The model keeps it as
+        initial_temperature: softmax temperature of the contrastive loss before training, at least 0.01. The model keeps it as
             `logit_scale` = log(1 / temperature), so that it survives saving and resuming.
         learnable_temperature: whether `logit_scale` trains.
         freeze_vision_tower: keep the tower's weights and its batch statistics fixed, and build no gradient through it.
@@ -88,9 +88,14 @@ class NoteLLM2Config(PreTrainedConfig):
                 f"late_fusion_initial_weight={late_fusion_initial_weight} must lie strictly between 0 and 1; "
                 "set late_fusion=None to leave the image out."
             )
-        if initial_temperature <= 0.0:
+        if vision_config is not None and connector is None and late_fusion is None:
             raise ValueError(
-                f"initial_temperature={initial_temperature} must be positive (the paper's code starts at 0.05)."
+                "connector=None with late_fusion=None: the image would not reach the embedding; choose one of them, or "
+                "set vision_config=None."
+            )
+        if initial_temperature < 0.01:
+            raise ValueError(
+                f"initial_temperature={initial_temperature} must be at least 0.01, the bound of a learnable one."
             )
         if num_visual_tokens < 1:
             raise ValueError(

@@ -361,6 +361,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """
         if isinstance(notes, str | Mapping | Image.Image):
             raise ValueError("encode takes a sequence of notes, and got a single one: pass [note].")
+        if hasattr(notes, "columns"):  # iterating over a data frame gives its column names
+            raise ValueError(f'notes is a {type(notes).__name__}: pass its rows, notes.to_dict("records").')
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
         dim = self.config.embedding_dim or self.config.hidden_size
@@ -396,25 +398,34 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """
         if not self.config.whiten:
             raise ValueError("config.whiten=False: this model has no statistics to measure.")
+        found: dict[nn.Module, list[Tensor]] = {self.note_whitener: []}
         was_training = self.training
         self.eval()
-        found: dict[nn.Module, list[Tensor]] = {self.note_whitener: []}
-        for batch in batches:
-            inputs = {name: value.to(self.device) for name, value in batch.items()}
-            attention_mask = inputs.pop("attention_mask")
-            features, has_image = self._vision_inputs(**inputs)
-            states = self.get_states(inputs["input_ids"], attention_mask, features, has_image)
-            found[self.note_whitener].append(states.note_states)
-            if states.visual_states is not None:
-                found.setdefault(self.visual_whitener, []).append(states.visual_states[states.has_visual])
-            if features is not None and self.late_fusion is not None:
-                found.setdefault(self.late_fusion.whitener, []).append(features.pooled_embeds)
-        self.train(was_training)
-        num_notes = sum(map(len, found[self.note_whitener]))
-        if num_notes < 2:
-            raise ValueError(f"batches hold {num_notes} notes: statistics need at least two, better a thousand.")
+        try:
+            for batch in batches:
+                inputs = {name: value.to(self.device) for name, value in batch.items()}
+                attention_mask = inputs.pop("attention_mask")
+                features, has_image = self._vision_inputs(**inputs)
+                states = self.get_states(inputs["input_ids"], attention_mask, features, has_image)
+                found[self.note_whitener].append(states.note_states)
+                if states.visual_states is not None:
+                    found.setdefault(self.visual_whitener, []).append(states.visual_states[states.has_visual])
+                if features is not None and self.late_fusion is not None:
+                    found.setdefault(self.late_fusion.whitener, []).append(features.pooled_embeds)
+        finally:
+            self.train(was_training)
+        for parts in found.values():
+            if sum(map(len, parts)) < 2:
+                raise ValueError(
+                    "batches: statistics need at least two notes, and two with an image; better a thousand."
+                )
         for whitener, parts in found.items():
             whitener.fit(torch.cat(parts))  # type: ignore[operator]
+
+    @property
+    def is_whitened(self) -> bool:
+        """Whether `fit_whitening` has been called, now or before the model was saved."""
+        return isinstance(self.note_whitener, Whitener) and bool(self.note_whitener.mean.any())
 
     def add_lora(self, **settings: Any) -> None:
         """Add LoRA adapters to the LLM; they become part of the config and of every checkpoint.
@@ -453,7 +464,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 'this model has LoRA adapters (config.lora): install peft with `pip install "peft>=0.17"`.'
             )
         inject_adapter_in_model(LoraConfig(**settings), self.language_model)
-        self.language_model.to(self.dtype)
+        for name, parameter in self.language_model.named_parameters():
+            if "lora_" in name:  # not the whole module: a cast would also round the rotary frequencies
+                parameter.data = parameter.data.to(self.dtype)
 
     def _encode_window(
         self, window: list[EncodedNote], batch_size: int, processor: NoteLLM2Processor, progress: tqdm
@@ -548,7 +561,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return functional.normalize(self.head(states).float(), dim=-1)
 
     def _scale(self) -> Tensor:
-        return self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = self.logit_scale.float()
+        # The bound without its dead gradient: a clamped parameter could never come back.
+        return (scale - (scale - MAX_LOGIT_SCALE).clamp(min=0).detach()).exp()
 
 
 def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:

@@ -470,6 +470,10 @@ def _decode_image(note: EncodedNote) -> Image.Image:
             picture = value
         else:
             picture = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        if picture.mode.startswith("I;16"):  # Pillow would cut 16 bits at 255, not scale them
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+        elif picture.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {picture.mode} have no known range; convert them to 8 bits")
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")

@@ -1,5 +1,6 @@
 """Settings of a training run, each with its meaning for `--help`, and how a YAML file and the command line meet."""
 
+import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -114,6 +115,9 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     report_to: str | None = field(
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, …, all or none."}
     )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop a last, smaller batch: a single pair has no negatives to learn from."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: notes are mappings, not columns of tensors."}
     )
@@ -160,16 +164,29 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     if not config.is_file():
         parser.error(f"config={str(config)!r} does not exist: give a YAML file such as configs/movies.yaml")
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        parser.error(f"{config} must hold lines of the form `option: value`")
     known = {option.name for kind in _KINDS for option in fields(kind) if option.init}
     for name in settings:
         if name not in known:
             parser.error(f"{config} sets {name!r}, which is no option; see --help")
-    parser.set_defaults(**settings)
+    # As words of a command line, so that a file's values are checked like any others; the real one comes last and wins.
+    words = [word for name, value in settings.items() for word in _option(name, value)]
     try:
-        composition, data, training = parser.parse_args_into_dataclasses(argv)
+        composition, data, training = parser.parse_args_into_dataclasses([*words, *argv])
     except ValueError as error:
         parser.error(str(error))
     return composition, data, training
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """One entry of a YAML file as words of a command line; null leaves the option alone."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [f"--{name}", json.dumps(value)]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(str(item) for item in values)]
 
 
 __all__ = ["Arguments", "DataArguments", "NoteLLM2TrainingArguments", "parse_arguments"]

@@ -6,18 +6,21 @@ Without arguments: a simulated world, tiny backbones, training and evaluation in
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset as Table
 from tqdm.auto import tqdm
 from transformers import AutoModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from evaluation.report import ReportRow, collect_facts, text_table, write_report
 from evaluation.run import evaluate_baselines, evaluate_model
@@ -54,6 +57,26 @@ Training pairs, test notes and the table above are in {folder}/data and {folder}
 """
 
 
+class UserError(Exception):
+    """Something the user gave cannot be used; the message says what, and the command prints no more than that."""
+
+
+def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
+    """The checkpoint `--resume_from_checkpoint` means; `last` is the newest one of the output folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted == "last":
+        wanted = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        if wanted is None:
+            raise UserError(f"resume_from_checkpoint=last: {training.output_dir} holds no checkpoint to go on from.")
+    elif wanted is not None and not Path(wanted).is_dir():
+        raise UserError(f"resume_from_checkpoint={wanted!r}: no such folder; give one, or `last`.")
+    return wanted
+
+
 def prepare_data(data: DataArguments, folder: Path) -> None:
     """Write train, validation and test notes and pairs into `folder`/data, simulating a world where none is given."""
     notes_file, views_file = data.notes, data.views
@@ -73,7 +96,9 @@ def prepare_data(data: DataArguments, folder: Path) -> None:
     )
 
 
-def tiny_composition(composition: CompositionArguments, notes: Table, folder: Path) -> CompositionArguments:
+def tiny_composition(
+    composition: CompositionArguments, notes: Table, folder: Path, state: PartialState
+) -> CompositionArguments:
     """The same composition on tiny backbones, with a tokenizer trained on `notes` in their prompt."""
     template = prompt_template("micl", composition.language)
     texts = [
@@ -82,10 +107,13 @@ def tiny_composition(composition: CompositionArguments, notes: Table, folder: Pa
         .replace("{content}", note["content"])
         for note in notes
     ]
-    settings = asdict(composition)
-    settings["llm"] = str(save_tiny_llm(texts, folder / "llm"))
-    settings["vision"] = str(save_tiny_vision_tower(folder / "vision"))
-    return CompositionArguments(**settings)
+    llm, vision = folder / "llm", folder / "vision"
+    if state.is_main_process:
+        save_tiny_llm(texts, llm)
+        save_tiny_vision_tower(vision)
+    state.wait_for_everyone()
+    # A tower that was asked for stays, and so does an empty one: the text-only model.
+    return replace(composition, llm=str(llm), vision=str(vision) if composition.vision is None else composition.vision)
 
 
 def related_of(split: NotesAndPairs) -> list[np.ndarray]:
@@ -103,9 +131,12 @@ def fit_whitening(model: NoteLLM2Model, notes: NoteDataset, training: NoteLLM2Tr
 
 
 def ceiling_rows(notes: Table, related: Sequence[np.ndarray], ks: Sequence[int]) -> list[ReportRow]:
-    """What perfect knowledge of the simulated text, picture or both would reach on simulated notes."""
+    """What perfect knowledge of the simulated text, picture or both is expected to reach on simulated notes.
+
+    An expectation over the order of notes that nothing known tells apart: a system may pass it by a little luck.
+    """
     best = ceilings(notes["subject"], notes["look"], related, ks)
-    return [ReportRow("best possible", modality, metrics, is_bound=True) for modality, metrics in best.items()]
+    return [ReportRow("perfect knowledge", modality, metrics, is_bound=True) for modality, metrics in best.items()]
 
 
 def save_settings(folder: Path, arguments: Sequence[Any]) -> None:
@@ -120,22 +151,28 @@ def train(
 ) -> list[ReportRow]:
     """Run everything: data, model, training, evaluation. Returns the rows of the final table (main process only)."""
     folder, state = Path(training.output_dir), PartialState()
+    resume_from = checkpoint_to_resume(training)
+    if state.device.type == "cpu":  # accelerate launches with one thread a process
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
     set_seed(training.seed)
     simulated = data.notes is None
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        prepare_data(data, folder)
+        try:
+            prepare_data(data, folder)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error)) from error
     state.wait_for_everyone()
     splits = {name: load_split(folder / "data", name) for name in ("train", "validation", "test")}
     test, test_related = splits["test"], related_of(splits["test"])
 
-    if composition.llm is None and simulated:
-        if state.is_main_process:
-            composition = tiny_composition(composition, splits["train"].notes, folder / "backbones")
-        state.wait_for_everyone()
-        composition.llm, composition.vision = str(folder / "backbones" / "llm"), str(folder / "backbones" / "vision")
-    logger.info("Composing %s and %s", composition.llm, composition.vision)
-    model = compose(composition)
+    if simulated and composition.llm is None and composition.model is None:
+        composition = tiny_composition(composition, splits["train"].notes, folder / "backbones", state)
+    logger.info("Loading %s", composition.model or f"{composition.llm} and {composition.vision or 'no vision tower'}")
+    try:
+        model = compose(composition)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
     features: dict[str, VisionFeatureTable | None] = {"train": None, "validation": None}
     if training.vision_features == "memory" and model.config.has_vision:
         features = {name: VisionFeatureTable(model, splits[name].notes) for name in features}
@@ -160,7 +197,7 @@ def train(
         batch_size = training.per_device_eval_batch_size
         if training.eval_untrained:
             rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
-    if composition.whiten:
+    if model.config.whiten and not model.is_whitened and resume_from is None:
         fit_whitening(model, NoteDataset(splits["train"].notes, features["train"]), training)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
@@ -171,7 +208,7 @@ def train(
         len(train_dataset),
         len(splits["train"].notes),
     )
-    result = trainer.train(resume_from_checkpoint=_resume_from(training))
+    result = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.save_state()
 
@@ -179,7 +216,6 @@ def train(
         saved: NoteLLM2Model = AutoModel.from_pretrained(folder).to(model.device)  # what was saved is what is measured
         rows += evaluate_model(saved, notes, test_related, name="trained", ks=ks, batch_size=batch_size)
         facts = collect_facts(
-            command=" ".join(["accelerate launch", *sys.argv]),
             test_notes=len(notes),
             train_notes=len(splits["train"].notes),
             train_pairs=len(train_dataset),
@@ -187,16 +223,11 @@ def train(
             train_seconds=round(result.metrics["train_runtime"], 1),
             best_step=trainer.state.best_global_step,
             temperature=round(saved.temperature, 4),
+            seed=training.seed,
+            threads=torch.get_num_threads(),
         )
         write_report(folder / "report", rows, facts)
     return rows
-
-
-def _resume_from(training: NoteLLM2TrainingArguments) -> str | bool | None:
-    """`--resume_from_checkpoint last` takes the newest checkpoint of the output folder."""
-    if training.resume_from_checkpoint == "last":
-        return True
-    return training.resume_from_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,7 +237,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
     for noisy in ("httpx", "bm25s", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    rows = train(*arguments)
+    try:
+        rows = train(*arguments)
+    except UserError as error:
+        sys.exit(f"{error}")
     if state.is_main_process:
         sys.stdout.write("\nTest notes, never seen in training:\n\n" + text_table(rows))
         sys.stdout.write(WELCOME.format(folder=arguments[2].output_dir))

@@ -23,7 +23,7 @@ from tests.backbones import QFORMER, TOWERS, random_picture
         ({"late_fusion": "sum"}, "late_fusion='sum' is unknown: choose one of ('scalar', 'vector') or None"),
         ({"late_fusion_initial_weight": 0.0}, "late_fusion_initial_weight=0.0 must lie strictly between 0 and 1"),
         ({"late_fusion_initial_weight": 1.0}, "late_fusion_initial_weight=1.0 must lie strictly between 0 and 1"),
-        ({"initial_temperature": 0.0}, "initial_temperature=0.0 must be positive"),
+        ({"initial_temperature": 0.0}, "initial_temperature=0.0 must be at least 0.01"),
         ({"initial_temperature": -1.0}, "initial_temperature=-1.0 must be positive"),
         ({"num_visual_tokens": 0}, "num_visual_tokens=0 must be at least 1"),
         ({"embedding_dim": 0}, "embedding_dim=0 must be at least 1"),

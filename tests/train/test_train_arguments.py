@@ -41,6 +41,9 @@ def test_without_arguments_the_embedded_default_is_read(monkeypatch: pytest.Monk
         ({"visual_loss_weight": -1.0}, "visual_loss_weight=-1.0"),
         ({"notes": "notes.csv"}, "views=None"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True"),
+        ({"llm_tuning": "lorra"}, "lorra"),
+        ({"prompt": "mcil"}, "mcil"),
+        ({"max_steps": 2.5}, "2.5"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -48,6 +51,21 @@ def test_bad_settings_are_named(settings: dict, named: str, tmp_path: Path, caps
         parse_arguments([write(tmp_path / "c.yaml", **settings)])
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_every_kind_of_yaml_value_is_read(tmp_path: Path):
+    settings = {
+        "eval_ks": [5, 20],
+        "whiten": False,
+        "num_text_layers": None,
+        "vision": "",
+        "lr_scheduler_kwargs": {"num_cycles": 0.25},
+        "metric_for_best_model": "recall@10",
+    }
+    composition, _, training = parse_arguments([write(tmp_path / "c.yaml", **settings)])
+    assert training.eval_ks == [5, 20] and training.lr_scheduler_kwargs == {"num_cycles": 0.25}
+    assert composition.whiten is False and composition.num_text_layers is None and composition.vision == ""
+    assert parse_arguments([write(tmp_path / "d.yaml", whiten=True), "--whiten", "false"])[0].whiten is False
 
 
 def test_missing_config_is_named(capsys: pytest.CaptureFixture[str]):
