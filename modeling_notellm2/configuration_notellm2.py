@@ -37,8 +37,8 @@ class NoteLLM2Config(PreTrainedConfig):
         whiten: centre and whiten n_m, n_v and the pooled visual embedding by the statistics that
             `NoteLLM2Model.fit_whitening` measures; until then it changes nothing. `False` is the paper.
         embedding_dim: width of the note embedding (64 in the paper); `None` keeps the LLM's width and adds no head.
-        initial_temperature: softmax temperature of the contrastive loss before training, at least 0.01. The model keeps it as
-            `logit_scale` = log(1 / temperature), so that it survives saving and resuming.
+        initial_temperature: softmax temperature of the contrastive loss before training, at least 0.01. The model keeps
+            it as `logit_scale` = log(1 / temperature), so that it survives saving and resuming.
         learnable_temperature: whether `logit_scale` trains.
         freeze_vision_tower: keep the tower's weights and its batch statistics fixed, and build no gradient through it.
         lora: arguments of `peft.LoraConfig` for the LLM (for instance `{"r": 16, "target_modules": "all-linear"}`);
