@@ -127,6 +127,8 @@ class NoteLLM2TrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch warns of it
         if self.visual_loss_weight < 0:
             raise ValueError(f"visual_loss_weight={self.visual_loss_weight} must not be negative (the paper: 1/9).")
         if self.remove_unused_columns:

@@ -21,6 +21,7 @@ from datasets import Dataset as Table
 from tqdm.auto import tqdm
 from transformers import AutoModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from evaluation.report import ReportRow, collect_facts, text_table, write_report
 from evaluation.run import evaluate_baselines, evaluate_model
@@ -235,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     state = PartialState()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
+    disable_progress_bar()  # transformers' own, of loading and saving; the ones that matter stay
     for noisy in ("httpx", "bm25s", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
