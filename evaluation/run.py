@@ -80,7 +80,7 @@ def evaluate_model(
         `evaluation.modality`).
     """
     rows = []
-    if model.config.vision_config is None:
+    if model.config.vision_config is None or all(note.get("image") is None for note in notes):
         modalities = ("text",)
     for modality in modalities:
         embeds, num_blank = encode_with_modality(model, notes, modality, batch_size)

@@ -146,7 +146,11 @@ def save_checkpoint(model: NoteLLM2Model, output: str | os.PathLike) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     kinds: Any = [CompositionArguments, OutputArguments]
-    parser = HfArgumentParser(kinds, prog="python -m hub.compose", description=__doc__)
+    parser = HfArgumentParser(
+        kinds,
+        prog="python -m hub.compose",
+        description="Join an LLM and a vision tower into an untrained NoteLLM-2 checkpoint.",
+    )
     arguments, output = parser.parse_args_into_dataclasses(argv)
     try:
         model = compose(arguments)

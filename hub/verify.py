@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModel
 
-import modeling_notellm2  # noqa: F401  (registers NoteLLM-2 with AutoModel)
+from modeling_notellm2 import NoteLLM2Model
 
 TOLERANCE = 1e-5
 
@@ -93,6 +93,8 @@ def verify(folder: str | os.PathLike, python: str = sys.executable) -> float:
         VerificationError: the fresh process failed, or the embeddings differ by more.
     """
     model = AutoModel.from_pretrained(folder)
+    if not isinstance(model, NoteLLM2Model):
+        raise VerificationError(f"{folder} holds a {type(model).__name__}, no NoteLLM-2 model.")
     notes = sample_notes(with_images=model.config.has_vision)
     here = model.encode(notes)
     there = encode_in_fresh_process(folder, notes, python)

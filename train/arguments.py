@@ -116,7 +116,7 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, …, all or none."}
     )
     dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Drop a last, smaller batch: a single pair has no negatives to learn from."}
+        default=False, metadata={"help": "Must stay False: it would drop notes of the evaluation, too."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: notes are mappings, not columns of tensors."}
@@ -131,6 +131,8 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch warns of it
         if self.visual_loss_weight < 0:
             raise ValueError(f"visual_loss_weight={self.visual_loss_weight} must not be negative (the paper: 1/9).")
+        if self.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last=True would drop notes of the evaluation, too: leave it False.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the notes: leave it False.")
 

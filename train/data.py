@@ -54,7 +54,10 @@ class PairDataset(Dataset[NoteGroup]):
             a, b = sorted((row_of[first], row_of[second]))
             unordered[a, b] = None
         if not unordered:
-            raise ValueError("there are no pairs to train on: lower min_score or min_count, or bring more views.")
+            raise ValueError(
+                "there are no pairs to train on: see that views and notes name the same note_id, lower the "
+                "pairs' min_score or min_count, or bring more views."
+            )
         self.notes = notes
         self.features = features
         self.pairs = list(unordered)

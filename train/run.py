@@ -69,6 +69,12 @@ def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
         UserError: there is none.
     """
     wanted = training.resume_from_checkpoint
+    folder = Path(training.output_dir)
+    if wanted is None and folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
+        raise UserError(
+            f"output_dir={training.output_dir} holds checkpoints of an earlier run, which would mix with this one's: "
+            "give --output_dir another folder, go on with --resume_from_checkpoint last, or delete it."
+        )
     if wanted == "last":
         wanted = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
         if wanted is None:
@@ -202,7 +208,7 @@ def train(
         fit_whitening(model, NoteDataset(splits["train"].notes, features["train"]), training)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
-        "Training %d of %d parameters (LLM: %s) on %d pairs of %d notes",
+        "Training %d of %d parameters (LLM: %s) on %d unordered pairs of %d notes",
         trainable,
         model.num_parameters(),
         training.llm_tuning,

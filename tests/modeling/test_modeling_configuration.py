@@ -24,7 +24,7 @@ from tests.backbones import QFORMER, TOWERS, random_picture
         ({"late_fusion_initial_weight": 0.0}, "late_fusion_initial_weight=0.0 must lie strictly between 0 and 1"),
         ({"late_fusion_initial_weight": 1.0}, "late_fusion_initial_weight=1.0 must lie strictly between 0 and 1"),
         ({"initial_temperature": 0.0}, "initial_temperature=0.0 must be at least 0.01"),
-        ({"initial_temperature": -1.0}, "initial_temperature=-1.0 must be positive"),
+        ({"initial_temperature": -1.0}, "initial_temperature=-1.0 must be at least 0.01"),
         ({"num_visual_tokens": 0}, "num_visual_tokens=0 must be at least 1"),
         ({"embedding_dim": 0}, "embedding_dim=0 must be at least 1"),
         ({"text_config": {"hidden_size": 8}}, "configuration needs `model_type`"),

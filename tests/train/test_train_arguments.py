@@ -41,6 +41,7 @@ def test_without_arguments_the_embedded_default_is_read(monkeypatch: pytest.Monk
         ({"visual_loss_weight": -1.0}, "visual_loss_weight=-1.0"),
         ({"notes": "notes.csv"}, "views=None"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
         ({"llm_tuning": "lorra"}, "lorra"),
         ({"prompt": "mcil"}, "mcil"),
         ({"max_steps": 2.5}, "2.5"),

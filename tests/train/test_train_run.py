@@ -65,7 +65,7 @@ def test_goes_on_from_a_checkpoint_and_keeps_its_whitening(
 ):
     data = ["--notes", str(world_folder / "notes.jsonl"), "--views", str(world_folder / "views.csv")]
     parts = ["--llm", str(backbones[0]), "--vision", str(backbones[1]), "--whiten", "true"]
-    common = [*FAST, *data, "--max_steps", "1", "--llm_tuning", "lora", "--dataloader_drop_last", "false"]
+    common = [*FAST, *data, "--max_steps", "1", "--llm_tuning", "lora"]
     main([*common, *parts, "--output_dir", str(tmp_path / "first")])
     first = AutoModel.from_pretrained(tmp_path / "first")
     assert first.is_whitened
@@ -114,3 +114,11 @@ def test_resume_takes_the_last_checkpoint(tmp_path: Path):
     main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "last"])
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and [e["step"] for e in state["log_history"] if "eval_recall@10" in e] == [1, 2]
+
+
+def test_refuses_to_mix_two_runs_in_one_folder(tmp_path: Path):
+    arguments = [*FAST, "--output_dir", str(tmp_path), "--num_simulated_notes", "192", "--max_steps", "1"]
+    main(arguments)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert "checkpoints of an earlier run" in str(stopped.value.code)
