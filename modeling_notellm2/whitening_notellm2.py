@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 SHRINKAGE = 0.3
 """Weight of the identity in the estimated correlations (as Ledoit and Wolf shrink them): directions in which a sample
-of notes hardly varies are not blown up, and neither is rounding: with 0.1 the embeddings of SmolLM2 notes differed by
-1.1e-5 between batch sizes in float32, more than the 1e-5 we promise. Quality is the same (docs/LOG.md)."""
+of notes hardly varies are not blown up, nor the LLM's rounding in them."""
 
 
 class Whitener(nn.Module):
