@@ -62,12 +62,6 @@ class CompositionArguments:
     late_fusion_normalize: bool = field(
         default=True, metadata={"help": "Bring both sides of the gate to one norm (False: the paper's code)."}
     )
-    whiten: bool = field(
-        default=True,
-        metadata={
-            "help": "Whiten n_m, n_v and the visual embedding by statistics of the training notes (False: the paper)."
-        },
-    )
     embedding_dim: int = field(
         default=64, metadata={"help": "Width of the note embedding; 0 keeps the LLM's width and adds no head."}
     )
@@ -130,7 +124,6 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
             late_fusion=None if arguments.late_fusion == "none" else arguments.late_fusion,
             late_fusion_initial_weight=arguments.late_fusion_initial_weight,
             late_fusion_normalize=arguments.late_fusion_normalize,
-            whiten=arguments.whiten,
             embedding_dim=arguments.embedding_dim or None,
             initial_temperature=arguments.initial_temperature,
             learnable_temperature=arguments.learnable_temperature,

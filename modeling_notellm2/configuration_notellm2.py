@@ -34,8 +34,6 @@ class NoteLLM2Config(PreTrainedConfig):
         late_fusion_normalize: bring both sides of the gate to one norm before they are mixed. An LLM's hidden state and
             a projected image feature differ by orders of magnitude; `False` is the paper's code.
         late_fusion_hidden_size: width of the scalar gate's MLP.
-        whiten: centre and whiten n_m, n_v and the pooled visual embedding by the statistics that
-            `NoteLLM2Model.fit_whitening` measures; until then it changes nothing. `False` is the paper.
         embedding_dim: width of the note embedding (64 in the paper); `None` keeps the LLM's width and adds no head.
         initial_temperature: softmax temperature of the contrastive loss before training, at least 0.01. The model keeps
             it as `logit_scale` = log(1 / temperature), so that it survives saving and resuming.
@@ -70,7 +68,6 @@ class NoteLLM2Config(PreTrainedConfig):
         late_fusion_initial_weight: float = 0.1,
         late_fusion_normalize: bool = True,
         late_fusion_hidden_size: int = 128,
-        whiten: bool = True,
         embedding_dim: int | None = 64,
         initial_temperature: float = 0.05,
         learnable_temperature: bool = True,
@@ -114,7 +111,6 @@ class NoteLLM2Config(PreTrainedConfig):
         self.late_fusion_initial_weight = late_fusion_initial_weight
         self.late_fusion_normalize = late_fusion_normalize
         self.late_fusion_hidden_size = late_fusion_hidden_size
-        self.whiten = whiten
         self.embedding_dim = embedding_dim
         self.initial_temperature = initial_temperature
         self.learnable_temperature = learnable_temperature

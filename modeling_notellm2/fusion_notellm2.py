@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_notellm2 import NoteLLM2Config
-from .whitening_notellm2 import Whitener
 
 
 class GateOutput(nn.Linear):
@@ -58,7 +57,6 @@ class LateFusion(nn.Module):
         super().__init__()
         width, initial_weight = config.hidden_size, config.late_fusion_initial_weight
         self.normalize = config.late_fusion_normalize
-        self.whitener = Whitener(config.vision_hidden_size) if config.whiten else nn.Identity()
         self.projection = nn.Linear(config.vision_hidden_size, width, bias=False)
         self.gate: nn.Module
         if config.late_fusion == "scalar":
@@ -70,7 +68,7 @@ class LateFusion(nn.Module):
 
     def project(self, pooled_embeds: Tensor) -> Tensor:
         """(N, d_v) pooled visual embeddings ─► (N, d_llm)."""
-        return self._scale(self.projection(self.whitener(pooled_embeds.to(self.projection.weight.dtype))))
+        return self._scale(self.projection(pooled_embeds.to(self.projection.weight.dtype)))
 
     def weight(self, visual: Tensor, states: Tensor) -> Tensor:
         """Weight of the image: (N, 1) for the scalar gate, (N, d_llm) for the vector gate, in (0, 1).

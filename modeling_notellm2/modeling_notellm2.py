@@ -31,7 +31,6 @@ from .connector_notellm2 import QFormerConnector, build_connector
 from .fusion_notellm2 import GateOutput, LateFusion
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
 from .vision_notellm2 import VisionFeatures, VisionTower
-from .whitening_notellm2 import Whitener
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
@@ -64,18 +63,23 @@ class NoteLLM2Output(ModelOutput):
 
 
 class NoteStates(NamedTuple):
-    """What the LLM says of B notes.
+    """What the two backbones say of B notes, N of which have an image.
 
     Attributes:
         note_states: (B, d_llm), n_m: the last hidden state of each prompt.
         visual_states: (B, d_llm), n_v: the hidden state just before `<IMG_EMB>`, arbitrary in rows without one; `None`
             when no row has one.
         has_visual: (B,) bool, which rows have an n_v.
+        pooled_embeds: (N, d_v), the tower's embeddings of the images, in the order of the notes that have one; `None`
+            when none has.
+        has_image: (B,) bool, which rows have an image.
     """
 
     note_states: Tensor
     visual_states: Tensor | None
     has_visual: Tensor
+    pooled_embeds: Tensor | None
+    has_image: Tensor
 
 
 class NoteLLM2PreTrainedModel(PreTrainedModel):
@@ -97,7 +101,7 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.logit_scale, -math.log(self.config.initial_temperature))
         elif isinstance(module, QFormerConnector):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif isinstance(module, GateOutput | Whitener):
+        elif isinstance(module, GateOutput):
             module.reset_parameters()
 
 
@@ -117,8 +121,6 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.connector = build_connector(config)
         self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
         width = config.hidden_size
-        self.note_whitener = Whitener(width) if config.whiten else nn.Identity()
-        self.visual_whitener = Whitener(width) if config.whiten and config.has_vision else nn.Identity()
         self.head = (
             nn.Identity() if config.embedding_dim is None else nn.Linear(width, config.embedding_dim, bias=False)
         )
@@ -277,46 +279,31 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         Raises:
             ValueError: the placeholders, the images and `has_image` do not agree.
         """
-        vision_features, has_image = self._vision_inputs(
+        states = self.get_states(
             input_ids,
-            pixel_values,
-            pixel_attention_mask,
-            spatial_shapes,
-            patch_embeds,
-            pooled_embeds,
-            patch_attention_mask,
-            has_image,
+            attention_mask,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            patch_embeds=patch_embeds,
+            pooled_embeds=pooled_embeds,
+            patch_attention_mask=patch_attention_mask,
+            has_image=has_image,
         )
-        states = self.get_states(input_ids, attention_mask, vision_features, has_image)
-        note_states = self.note_whitener(states.note_states)
-        visual_states = None if states.visual_states is None else self.visual_whitener(states.visual_states)
-        fusion_weight = None
-        if self.late_fusion is not None:
-            gate_states = note_states
-            if visual_states is not None:
-                gate_states = torch.where(states.has_visual.unsqueeze(-1), visual_states, note_states)
-            note_states, visual_states, fusion_weight = self._fuse(
-                vision_features, has_image, gate_states, note_states, visual_states
-            )
-        visual_embeds = None
-        if visual_states is not None:
-            visual_embeds = self._to_embeds(visual_states) * states.has_visual.unsqueeze(-1)
-        return NoteLLM2Output(
-            note_embeds=self._to_embeds(note_states),
-            visual_embeds=visual_embeds,
-            fusion_weight=fusion_weight,
-            logit_scale=self._scale(),
-        )
+        return self.embed_states(states)
 
-    def get_states(
-        self, input_ids: Tensor, attention_mask: Tensor, vision_features: VisionFeatures | None, has_image: Tensor
-    ) -> "NoteStates":
-        """Run the LLM and read n_m and n_v; arguments as in `forward`.
+    def get_states(self, input_ids: Tensor, attention_mask: Tensor, **images: Tensor | None) -> NoteStates:
+        """Run the tower, the connector and the LLM, and read n_m and n_v: the first half of `forward`.
+
+        Args:
+            input_ids, attention_mask: as in `forward`.
+            images: the other arguments of `forward`.
 
         Raises:
-            ValueError: the placeholders and the images do not agree.
+            ValueError: the placeholders, the images and `has_image` do not agree.
         """
-        inputs_embeds = self._embed(input_ids, vision_features, has_image)
+        features, has_image = self._vision_inputs(input_ids, **images)
+        inputs_embeds = self._embed(input_ids, features, has_image)
         # Positions count real tokens only, so that left padding does not shift them.
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         states = self.language_model(
@@ -329,7 +316,23 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         is_end = input_ids == self.config.image_embedding_token_id  # (B, T)
         has_visual = is_end.any(-1)
         visual_states = states[rows, is_end.int().argmax(-1) - 1] if bool(has_visual.any()) else None  # n_v
-        return NoteStates(note_states, visual_states, has_visual)
+        pooled_embeds = None if features is None else features.pooled_embeds
+        return NoteStates(note_states, visual_states, has_visual, pooled_embeds, has_image)
+
+    def embed_states(self, states: NoteStates) -> NoteLLM2Output:
+        """Late fusion, head and normalisation: the second half of `forward`, all that comes after the LLM."""
+        note_states, visual_states, fusion_weight = states.note_states, states.visual_states, None
+        if self.late_fusion is not None:
+            note_states, visual_states, fusion_weight = self._fuse(states)
+        visual_embeds = None
+        if visual_states is not None:
+            visual_embeds = self._to_embeds(visual_states) * states.has_visual.unsqueeze(-1)
+        return NoteLLM2Output(
+            note_embeds=self._to_embeds(note_states),
+            visual_embeds=visual_embeds,
+            fusion_weight=fusion_weight,
+            logit_scale=self._scale(),
+        )
 
     @torch.no_grad()
     def encode(
@@ -385,47 +388,6 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if truncate_dim is not None:
             result = functional.normalize(result[:, :truncate_dim], dim=-1)
         return result if convert_to_tensor else result.cpu().numpy()
-
-    @torch.no_grad()
-    def fit_whitening(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Measure the means and correlations of n_m, n_v and the pooled visual embedding; once, before training.
-
-        Args:
-            batches: inputs of `forward` for a sample of the training notes, a thousand or so.
-
-        Raises:
-            ValueError: `config.whiten=False`, or fewer than two notes.
-        """
-        if not self.config.whiten:
-            raise ValueError("config.whiten=False: this model has no statistics to measure.")
-        found: dict[nn.Module, list[Tensor]] = {self.note_whitener: []}
-        was_training = self.training
-        self.eval()
-        try:
-            for batch in batches:
-                inputs = {name: value.to(self.device) for name, value in batch.items()}
-                attention_mask = inputs.pop("attention_mask")
-                features, has_image = self._vision_inputs(**inputs)
-                states = self.get_states(inputs["input_ids"], attention_mask, features, has_image)
-                found[self.note_whitener].append(states.note_states)
-                if states.visual_states is not None:
-                    found.setdefault(self.visual_whitener, []).append(states.visual_states[states.has_visual])
-                if features is not None and self.late_fusion is not None:
-                    found.setdefault(self.late_fusion.whitener, []).append(features.pooled_embeds)
-        finally:
-            self.train(was_training)
-        for parts in found.values():
-            if sum(map(len, parts)) < 2:
-                raise ValueError(
-                    "batches: statistics need at least two notes, and two with an image; better a thousand."
-                )
-        for whitener, parts in found.items():
-            whitener.fit(torch.cat(parts))  # type: ignore[operator]
-
-    @property
-    def is_whitened(self) -> bool:
-        """Whether `fit_whitening` has been called, now or before the model was saved."""
-        return isinstance(self.note_whitener, Whitener) and bool(self.note_whitener.mean.any())
 
     def add_lora(self, **settings: Any) -> None:
         """Add LoRA adapters to the LLM; they become part of the config and of every checkpoint.
@@ -533,21 +495,18 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         visual = self.connector(features._replace(patch_embeds=features.patch_embeds.to(parameter.dtype)))
         return embeds.masked_scatter(is_image.unsqueeze(-1), visual.to(embeds.dtype))
 
-    def _fuse(
-        self,
-        features: VisionFeatures | None,
-        has_image: Tensor,
-        gate_states: Tensor,
-        note_states: Tensor,
-        visual_states: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _fuse(self, states: NoteStates) -> tuple[Tensor, Tensor | None, Tensor]:
         """Late fusion of the notes that have an image; the others keep their states and get weight 0."""
         assert self.late_fusion is not None
+        note_states, visual_states, has_visual, pooled_embeds, has_image = states
+        gate_states = note_states
+        if visual_states is not None:
+            gate_states = torch.where(has_visual.unsqueeze(-1), visual_states, note_states)
         width = 1 if self.config.late_fusion == "scalar" else note_states.shape[-1]
         weights = note_states.new_zeros(note_states.shape[0], width)
-        if features is None:
+        if pooled_embeds is None:
             return note_states, visual_states, weights
-        visual = self.late_fusion.project(features.pooled_embeds)
+        visual = self.late_fusion.project(pooled_embeds)
         weight = self.late_fusion.weight(visual, gate_states[has_image])
 
         def fuse(states: Tensor) -> Tensor:

@@ -103,6 +103,13 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             "(default: learning_rate)."
         },
     )
+    head_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in which only what comes after the LLM trains, before everything does: the LLM runs once "
+            "over the training notes, so they take seconds. A hundred or two for a pretrained LLM; 0: none (the paper)."
+        },
+    )
     vision_features: Literal["recompute", "memory"] = field(
         default="recompute",
         metadata={
@@ -131,6 +138,8 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch warns of it
         if self.visual_loss_weight < 0:
             raise ValueError(f"visual_loss_weight={self.visual_loss_weight} must not be negative (the paper: 1/9).")
+        if self.head_warmup_steps < 0:
+            raise ValueError(f"head_warmup_steps={self.head_warmup_steps} must not be negative (0: no warm-up).")
         if self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last=True would drop notes of the evaluation, too: leave it False.")
         if self.remove_unused_columns:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from modeling_notellm2 import NoteLLM2Output
+
 
 class RelatedNotes:
     """A set of unordered pairs of related notes that answers for whole batches at once.
@@ -81,4 +83,33 @@ def contrastive_loss(embeds: Tensor, logit_scale: Tensor | float, false_negative
     return functional.cross_entropy(logits, partner)
 
 
-__all__ = ["RelatedNotes", "contrastive_loss", "false_negative_mask"]
+def joint_loss(
+    output: NoteLLM2Output, has_image: Tensor, false_negatives: Tensor, visual_loss_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = (L_m + α·L_v) / (1 + α) (NoteLLM-2, training objective); L_m alone where the prompt gives no n_v.
+
+    L_v is taken over the pairs whose notes both have an image.
+
+    Args:
+        output: the model's output for 2N notes, the first ones of N pairs and then their partners.
+        has_image: (2N,) bool, which of them have an image.
+        false_negatives: (2N, 2N) bool, from `false_negative_mask`.
+        visual_loss_weight: α.
+
+    Returns:
+        L, a scalar float32, and its parts, `loss_m` and, where it was taken, `loss_v`.
+    """
+    assert output.note_embeds is not None and output.logit_scale is not None
+    loss_m = contrastive_loss(output.note_embeds, output.logit_scale, false_negatives)
+    if output.visual_embeds is None or visual_loss_weight == 0:
+        return loss_m, {"loss_m": loss_m}
+    first, second = has_image.chunk(2)
+    rows = (first & second).repeat(2)
+    if not bool(rows.any()):
+        return loss_m, {"loss_m": loss_m}
+    loss_v = contrastive_loss(output.visual_embeds[rows], output.logit_scale, false_negatives[rows][:, rows])
+    loss = (loss_m + visual_loss_weight * loss_v) / (1.0 + visual_loss_weight)
+    return loss, {"loss_m": loss_m, "loss_v": loss_v}
+
+
+__all__ = ["RelatedNotes", "contrastive_loss", "false_negative_mask", "joint_loss"]

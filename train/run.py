@@ -18,7 +18,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset as Table
-from tqdm.auto import tqdm
 from transformers import AutoModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
@@ -34,14 +33,12 @@ from pairs.simulate import simulate
 from pairs.split import NotesAndPairs, load_split, make_splits
 from pairs.tables import load_notes, load_views, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
-from train.data import NoteCollator, NoteDataset, PairDataset
+from train.data import NoteDataset, PairDataset
 from train.features import VisionFeatureTable
 from train.trainer import NoteLLM2Trainer
+from train.warmup import warm_up_head
 
 logger = logging.getLogger("train")
-
-NUM_WHITENING_NOTES = 1024
-"""Training notes over which the statistics of whitening are measured."""
 
 WELCOME = """
 Saved to {folder}. Use it:
@@ -128,15 +125,6 @@ def related_of(split: NotesAndPairs) -> list[np.ndarray]:
     return related_indices(list(split.notes["note_id"]), split.pairs)
 
 
-def fit_whitening(model: NoteLLM2Model, notes: NoteDataset, training: NoteLLM2TrainingArguments) -> None:
-    """Fit the model's whitening on a random sample of the training notes."""
-    rows = np.random.default_rng(training.seed).permutation(len(notes))[:NUM_WHITENING_NOTES].tolist()
-    collate, batch_size = NoteCollator(model.processor), training.per_device_eval_batch_size
-    starts = tqdm(range(0, len(rows), batch_size), desc="whitening", unit="batch")
-    batches = (collate([notes[row] for row in rows[start : start + batch_size]]) for start in starts)
-    model.fit_whitening({k: v for k, v in batch.items() if k != "note_index"} for batch in batches)
-
-
 def ceiling_rows(notes: Table, related: Sequence[np.ndarray], ks: Sequence[int]) -> list[ReportRow]:
     """What perfect knowledge of the simulated text, picture or both is expected to reach on simulated notes.
 
@@ -204,8 +192,12 @@ def train(
         batch_size = training.per_device_eval_batch_size
         if training.eval_untrained:
             rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
-    if model.config.whiten and not model.is_whitened and resume_from is None:
-        fit_whitening(model, NoteDataset(splits["train"].notes, features["train"]), training)
+    if training.head_warmup_steps and resume_from is None:
+        logger.info("Warming up the head: %d steps on the states of the unchanged LLM", training.head_warmup_steps)
+        try:
+            logger.info("Loss after the warm-up: %.3f", warm_up_head(trainer))
+        except ValueError as error:
+            raise UserError(str(error)) from error
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "Training %d of %d parameters (LLM: %s) on %d unordered pairs of %d notes",

@@ -4,7 +4,7 @@ Only public hooks are overridden. Losses see embeddings and ids, models see tens
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from evaluation.metrics import retrieval_metrics
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
 from train.arguments import NoteLLM2TrainingArguments
 from train.data import NoteCollator, NoteDataset, PairDataset
-from train.losses import RelatedNotes, contrastive_loss, false_negative_mask
+from train.losses import RelatedNotes, false_negative_mask, joint_loss
 
 
 class RetrievalEvaluation:
@@ -96,29 +96,20 @@ class NoteLLM2Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, NoteLLM2Output]:
-        """L = (L_m + α·L_v) / (1 + α) (NoteLLM-2, training objective); L_m alone without an mICL prompt.
+        """`joint_loss` of a batch of pairs.
 
         `inputs` holds 2N notes, the first ones of N pairs and then their partners, and `note_index` (2N,).
-        L_v is taken over the pairs whose notes both have an image.
         """
         tensors = dict(inputs)
         note_index = tensors.pop("note_index")
         output: NoteLLM2Output = model(**tensors)
-        assert output.note_embeds is not None and output.logit_scale is not None
+        has_image = tensors["has_image"]
         masked = false_negative_mask(note_index, self.related)
-        loss_m = contrastive_loss(output.note_embeds, output.logit_scale, masked)
-        parts: dict[str, Tensor] = {"loss_m": loss_m, "temperature": 1.0 / output.logit_scale}
-        loss = loss_m
-        alpha = self.args.visual_loss_weight
-        if output.visual_embeds is not None and alpha > 0:
-            first, second = tensors["has_image"].chunk(2)
-            rows = (first & second).repeat(2)
-            if bool(rows.any()):
-                loss_v = contrastive_loss(output.visual_embeds[rows], output.logit_scale, masked[rows][:, rows])
-                loss = (loss_m + alpha * loss_v) / (1.0 + alpha)
-                parts["loss_v"] = loss_v
-        if output.fusion_weight is not None and bool(tensors["has_image"].any()):
-            parts["fusion_weight"] = output.fusion_weight[tensors["has_image"]].mean()
+        loss, parts = joint_loss(output, has_image, masked, self.args.visual_loss_weight)
+        assert output.logit_scale is not None
+        parts["temperature"] = 1.0 / output.logit_scale
+        if output.fusion_weight is not None and bool(has_image.any()):
+            parts["fusion_weight"] = output.fusion_weight[has_image].mean()
         if model.training:
             for name, value in parts.items():
                 self._parts.setdefault(name, []).append(value.detach().item())
@@ -153,7 +144,7 @@ class NoteLLM2Trainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Groups for the optimizer: what trains, split by part of the model and by weight decay."""
+        """Groups for the optimizer: what trains, split by `part` (see `part_of`) and by weight decay."""
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -161,7 +152,7 @@ class NoteLLM2Trainer(Trainer):
                 # Decay would pull a temperature and a token's embedding to zero, which means nothing for them.
                 scale_or_token = name.endswith(("logit_scale", "image_embedding", "query_tokens"))
                 decay = name in decayed and not scale_or_token
-                groups.setdefault((_part(name), decay), []).append(parameter)
+                groups.setdefault((part_of(name), decay), []).append(parameter)
         rates = {
             "llm": self.args.learning_rate,
             "connector": self.args.connector_learning_rate,
@@ -169,6 +160,7 @@ class NoteLLM2Trainer(Trainer):
         }
         return [
             {
+                "part": part,
                 "params": parameters,
                 "lr": self.args.learning_rate if rates[part] is None else rates[part],
                 "weight_decay": self.args.weight_decay if decay else 0.0,
@@ -177,8 +169,8 @@ class NoteLLM2Trainer(Trainer):
         ]
 
 
-def _part(name: str) -> str:
-    """Which learning rate a parameter has, by the module it belongs to."""
+def part_of(name: str) -> Literal["llm", "connector", "head"]:
+    """Which learning rate a parameter has, by its name: the LLM's, of what comes before it, or of what comes after."""
     name = name.removeprefix("module.")
     if name.startswith(("language_model.", "vision_tower.")):
         return "llm"

@@ -57,7 +57,7 @@ def test_bad_settings_are_named(settings: dict, named: str, tmp_path: Path, caps
 def test_every_kind_of_yaml_value_is_read(tmp_path: Path):
     settings = {
         "eval_ks": [5, 20],
-        "whiten": False,
+        "late_fusion_normalize": False,
         "num_text_layers": None,
         "vision": "",
         "lr_scheduler_kwargs": {"num_cycles": 0.25},
@@ -65,8 +65,11 @@ def test_every_kind_of_yaml_value_is_read(tmp_path: Path):
     }
     composition, _, training = parse_arguments([write(tmp_path / "c.yaml", **settings)])
     assert training.eval_ks == [5, 20] and training.lr_scheduler_kwargs == {"num_cycles": 0.25}
-    assert composition.whiten is False and composition.num_text_layers is None and composition.vision == ""
-    assert parse_arguments([write(tmp_path / "d.yaml", whiten=True), "--whiten", "false"])[0].whiten is False
+    assert (
+        composition.late_fusion_normalize is False and composition.num_text_layers is None and composition.vision == ""
+    )
+    overridden = [write(tmp_path / "d.yaml", late_fusion_normalize=True), "--late_fusion_normalize", "false"]
+    assert parse_arguments(overridden)[0].late_fusion_normalize is False
 
 
 def test_missing_config_is_named(capsys: pytest.CaptureFixture[str]):

@@ -138,25 +138,6 @@ def test_resumed_run_continues_the_uninterrupted_one_exactly(build_trainer: Buil
     assert training_losses(other)[5] != expected[5]
 
 
-def test_whitening_is_resumed_from_the_checkpoint(
-    build_trainer: BuildTrainer, splits: dict[str, NotesAndPairs], tmp_path: Path
-):
-    """A model whitened on other notes takes up the checkpoint's statistics, and so the same curve."""
-
-    def whitened(output: str, rows: slice) -> NoteLLM2Trainer:
-        trainer = build_trainer(output_dir=str(tmp_path / output), max_steps=4, save_steps=2)
-        trainer.model.fit_whitening([trainer.model.processor(list(splits["train"].notes)[rows])])
-        return trainer
-
-    whole = whitened("whole", slice(0, 40))
-    whole.train()
-    resumed = whitened("again", slice(5, 30))
-    assert not torch.equal(resumed.model.note_whitener.matrix, whole.model.note_whitener.matrix)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert training_losses(resumed)[4] == training_losses(whole)[4]
-    assert torch.equal(resumed.model.note_whitener.matrix, whole.model.note_whitener.matrix)
-
-
 def test_evaluation_is_recall_over_all_evaluation_notes(build_trainer: BuildTrainer, splits: dict[str, NotesAndPairs]):
     trainer = build_trainer()
     metrics = trainer.evaluate()
