@@ -81,13 +81,15 @@ def _run_backbones(trainer: NoteLLM2Trainer, dataset: PairDataset, notes: Sequen
     model, batch_size = trainer.model, trainer.args.per_device_eval_batch_size
     singles, collate = NoteDataset(dataset.notes, dataset.features), NoteCollator(model.processor)
     vision_width = model.config.vision_hidden_size if model.config.has_vision else 0
+    lengths = [len(model.processor.encode_note(dataset.notes[row], row).input_ids) for row in notes]
+    order = sorted(range(len(notes)), key=lengths.__getitem__, reverse=True)  # notes of like length need no padding
     was_training = model.training
     model.eval()
     parts: list[tuple[Tensor, ...]] = []
     try:
         with tqdm(total=len(notes), desc="states", unit="note") as progress:
-            for start in range(0, len(notes), batch_size):
-                batch = collate([singles[row] for row in notes[start : start + batch_size]])
+            for start in range(0, len(order), batch_size):
+                batch = collate([singles[notes[position]] for position in order[start : start + batch_size]])
                 del batch["note_index"]
                 with trainer.compute_loss_context_manager():
                     states = model.get_states(**{name: value.to(model.device) for name, value in batch.items()})
@@ -99,7 +101,8 @@ def _run_backbones(trainer: NoteLLM2Trainer, dataset: PairDataset, notes: Sequen
                 progress.update(len(visual))
     finally:
         model.train(was_training)
-    return NoteStates(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    back = torch.tensor(order).argsort()
+    return NoteStates(*(torch.cat(part)[back.to(model.device)] for part in zip(*parts, strict=True)))
 
 
 def _select(table: NoteStates, rows: Tensor) -> NoteStates:
