@@ -56,7 +56,7 @@ def warm_up_head(trainer: NoteLLM2Trainer) -> float:
         drawn = pairs[torch.randint(len(pairs), (PAIRS_PER_STEP,), generator=generator)]
         note_index = drawn.T.flatten()  # the first notes of all pairs, then their partners
         batch = _select(states, row_of[note_index].to(model.device))
-        masked = false_negative_mask(note_index, dataset.related).to(model.device)
+        masked = false_negative_mask(note_index, trainer.related).to(model.device)
         loss, _ = joint_loss(model.embed_states(batch), batch.has_image, masked, args.visual_loss_weight)
         optimizer.zero_grad()
         loss.backward()
