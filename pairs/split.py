@@ -111,7 +111,7 @@ def make_splits(
     for name, note_ids in parts.items():
         inside = pc.is_in(table_ids, value_set=pa.array(note_ids, pa.string()))
         pairs = build_pairs(views, options, note_ids, memory_gb=memory_gb)
-        write_table(notes.select(pc.indices_nonzero(inside).to_numpy()), output / name / "notes.parquet")
+        write_table(notes.select(pc.indices_nonzero(inside).to_pylist()), output / name / "notes.parquet")
         write_table(pairs, output / name / "pairs.parquet")
         counts[name] = {
             "notes": len(note_ids),

@@ -9,7 +9,7 @@ Row numbers in errors count from 1 and leave a CSV header out.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
+from datasets.fingerprint import generate_random_fingerprint
 
 from pairs.files import read_table, to_arrow, write_file
 
@@ -33,6 +34,9 @@ _MAX_SECONDS = 10**11
 def load_notes(path: str | Path) -> Dataset:
     """Loads notes.
 
+    The rows of a folder written by `Dataset.save_to_disk` stay in its memory-mapped files: notes that are larger than
+    memory can be read one by one from there.
+
     Args:
         path: what `pairs.files.read_table` takes. Only `note_id` must be there.
 
@@ -45,11 +49,33 @@ def load_notes(path: str | Path) -> Dataset:
         FileNotFoundError: no such table.
         ValueError: a missing, empty or duplicate note id, a column of a wrong type, an image given as a URL.
     """
+    notes = read_notes(path)
+    table = to_arrow(notes)
+    _refuse_empty(table["note_id"], "note_id", path)
+    _refuse_duplicates(table["note_id"].to_pylist(), path)
+    if not isinstance(notes.features["image"], Image):
+        _refuse_unusable_paths(table["image"].to_pylist(), path)
+    return notes
+
+
+def read_notes(path: str | Path) -> Dataset:
+    """Reads notes into the form that `load_notes` gives them, but lets bad rows stand, for `pairs.scan` to report.
+
+    Args:
+        path: see `load_notes`.
+
+    Returns:
+        The columns of `load_notes`. A note id may be empty, also where the table has a null, or occur twice; an image
+        may be a URL or, in a table of the Hub, a relative path.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: no column of note ids, or a column of a wrong type.
+    """
     dataset = read_table(path, NOTE_COLUMNS)
     table = to_arrow(dataset)
     features = dict(dataset.features)
-    columns: dict[str, pa.ChunkedArray] = {"note_id": _ids(table, "note_id", path)}
-    _refuse_duplicates(columns["note_id"].to_pylist(), path)
+    columns: dict[str, pa.ChunkedArray] = {"note_id": _id_texts(table, "note_id", path)}
     for name in TEXT_COLUMNS:
         columns[name] = _texts(table, name, path)
         features[name] = Value("string") if pa.types.is_string(columns[name].type) else List(Value("string"))
@@ -61,8 +87,12 @@ def load_notes(path: str | Path) -> Dataset:
         features["image"] = Value("string")
     columns |= {name: table[name] for name in table.column_names if name not in columns}
     ordered = Features({name: features[name] for name in columns})
-    # The features travel as metadata of the schema, which is also how datasets itself writes them to a file.
-    return Dataset(pa.table(columns).replace_schema_metadata(ordered.arrow_schema.metadata))
+    # The features travel as metadata of the schema, which is also how datasets itself writes them to a file. Without a
+    # fingerprint given, datasets would copy all rows into memory to hash them.
+    return Dataset(
+        pa.table(columns).replace_schema_metadata(ordered.arrow_schema.metadata),
+        fingerprint=generate_random_fingerprint(),
+    )
 
 
 def load_views(path: str | Path) -> Dataset:
@@ -79,9 +109,24 @@ def load_views(path: str | Path) -> Dataset:
         FileNotFoundError: no such table.
         ValueError: a missing column, an empty id, or a time that cannot be read, with its row.
     """
-    table = to_arrow(read_table(path, VIEW_COLUMNS))
-    columns = {name: _ids(table, name, path) for name in ("user_id", "note_id")}
-    return Dataset(pa.table({**columns, "timestamp": _seconds(_required(table, "timestamp", path), path)}))
+    return views_of(to_arrow(read_table(path, VIEW_COLUMNS)), path)
+
+
+def views_of(table: pa.Table, source: str | Path) -> Dataset:
+    """Checks a table of views that was read elsewhere, and brings it to the form of `load_views`.
+
+    Args:
+        table: the columns user_id, note_id (string or integer) and timestamp (see `load_views`); others are left out.
+        source: what errors name as the table.
+
+    Returns:
+        What `load_views` returns.
+
+    Raises:
+        ValueError: see `load_views`.
+    """
+    columns = {name: _ids(table, name, source) for name in ("user_id", "note_id")}
+    return Dataset(pa.table({**columns, "timestamp": _seconds(_required(table, "timestamp", source), source)}))
 
 
 def load_pairs(path: str | Path) -> Dataset:
@@ -172,6 +217,11 @@ def related_indices(
     return np.split(other[order], ends[:-1]) if len(note_ids) else []
 
 
+def is_url(reference: str) -> bool:
+    """Whether an image's reference is a URL ("https://…", "s3://…") and not a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", reference) is not None
+
+
 def _required(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise ValueError(f"{path}: no column {name!r}, only {table.column_names}; add or rename it.")
@@ -185,12 +235,21 @@ def _refuse_rows(bad: pa.ChunkedArray, name: str, path: str | Path, complaint: s
 
 
 def _ids(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
+    column = _id_texts(table, name, path)
+    _refuse_empty(column, name, path)
+    return column
+
+
+def _id_texts(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
+    """A column of ids as text, "" where there is none."""
     column = _required(table, name, path)
     if not (_is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
         raise ValueError(f"{path}: column {name!r} is {column.type}; ids are strings or integers.")
-    column = column.cast(pa.string())
-    _refuse_rows(pc.equal(pc.fill_null(column, ""), ""), name, path, "is empty; fill it in or remove the row")
-    return column
+    return pc.fill_null(column.cast(pa.string()), "")
+
+
+def _refuse_empty(ids: pa.ChunkedArray, name: str, path: str | Path) -> None:
+    _refuse_rows(pc.equal(ids, ""), name, path, "is empty; fill it in or remove the row")
 
 
 def _refuse_duplicates(note_ids: Sequence[str], where: str | Path) -> None:
@@ -226,18 +285,23 @@ def _image_paths(table: pa.Table, path: str | Path) -> pa.ChunkedArray:
     source = Path(path)
     folder = source.resolve() if source.is_dir() else source.parent.resolve()
     resolved: list[str | None] = []
-    for row, value in enumerate(column.to_pylist(), start=1):
+    for value in column.to_pylist():
         if not value:
             resolved.append(None)
-        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
-            raise ValueError(f"{path}, row {row}: 'image' {value!r} is a URL; download it and give its path.")
-        elif os.path.isabs(value):
+        elif os.path.isabs(value) or is_url(value) or not source.exists():
             resolved.append(value)
-        elif source.exists():
-            resolved.append(os.path.normpath(folder / value))
         else:
-            raise ValueError(f"{path}, row {row}: 'image' {value!r} has no folder on the Hub; use an Image feature.")
+            resolved.append(os.path.normpath(folder / value))
     return pa.chunked_array([pa.array(resolved, pa.string())])
+
+
+def _refuse_unusable_paths(images: Iterable[str | None], path: str | Path) -> None:
+    for row, value in enumerate(images, start=1):
+        if value is None or os.path.isabs(value):
+            continue
+        if is_url(value):
+            raise ValueError(f"{path}, row {row}: 'image' {value!r} is a URL; download it and give its path.")
+        raise ValueError(f"{path}, row {row}: 'image' {value!r} has no folder on the Hub; use an Image feature.")
 
 
 def _seconds(column: pa.ChunkedArray, path: str | Path) -> pa.ChunkedArray:

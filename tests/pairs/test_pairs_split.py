@@ -57,6 +57,12 @@ def test_bad_shares_are_refused(note_ids, validation, test, message):
         split_notes(note_ids, validation, test, seed=0)
 
 
+def test_notes_side_by_side_may_be_a_split(tmp_path, notes, views):
+    make_splits(notes, views, OPTIONS, validation=0, test=0, seed=0, output_dir=tmp_path)
+    assert load_split(tmp_path, "train").notes["note_id"][:] == notes["note_id"][:]
+    assert len(load_split(tmp_path, "test").notes) == 0
+
+
 def test_nothing_leaks(tmp_path, notes, views):
     make_splits(notes, views, OPTIONS, validation=0.2, test=0.3, seed=0, output_dir=tmp_path)
     record = json.loads((tmp_path / "splits.json").read_text())

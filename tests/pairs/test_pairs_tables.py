@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from pairs.tables import load_notes, load_pairs, load_views, related_indices, write_table
+from pairs.tables import load_notes, load_pairs, load_views, read_notes, related_indices, write_table
 
 
 def write_lines(path, *lines):
@@ -74,6 +74,15 @@ def test_image_features_stay(tmp_path):
     loaded = load_notes(tmp_path / "notes.parquet")
     assert loaded[0]["note_id"] == "5"
     assert loaded[0]["image"].size == (3, 2) and loaded[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_read_notes_lets_bad_rows_stand(tmp_path):
+    lines = ["note_id,title,image", "a,x,https://host/a.png", "a,,", ",z,b.png"]
+    notes = read_notes(write_lines(tmp_path / "notes.csv", *lines))
+    assert notes["note_id"][:] == ["a", "a", ""]
+    assert notes["image"][:] == ["https://host/a.png", None, str(tmp_path / "b.png")]
+    good = write_lines(tmp_path / "good.csv", "note_id,title,image", "a,x,a.png", "b,,")
+    assert read_notes(good)[:] == load_notes(good)[:]
 
 
 @pytest.mark.parametrize(
