@@ -4,11 +4,19 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ._version import __version__
 from .configuration_notellm2 import NoteLLM2Config
-from .modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
+from .modeling_notellm2 import NoteLLM2Model, NoteLLM2Output, NoteStates
 from .processing_notellm2 import NoteError, NoteLLM2Processor
 
 AutoConfig.register(NoteLLM2Config.model_type, NoteLLM2Config)
 AutoModel.register(NoteLLM2Config, NoteLLM2Model)
 AutoProcessor.register(NoteLLM2Config, NoteLLM2Processor)
 
-__all__ = ["NoteError", "NoteLLM2Config", "NoteLLM2Model", "NoteLLM2Output", "NoteLLM2Processor", "__version__"]
+__all__ = [
+    "NoteError",
+    "NoteLLM2Config",
+    "NoteLLM2Model",
+    "NoteLLM2Output",
+    "NoteLLM2Processor",
+    "NoteStates",
+    "__version__",
+]

@@ -8,6 +8,7 @@
 The model sees tensors only: `NoteLLM2Processor` makes them from notes, and the losses live with the trainer.
 """
 
+import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping, Sized
@@ -166,9 +167,12 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             config: settings of [`NoteLLM2Config`]. `num_visual_tokens` defaults to the processor's.
 
         Raises:
-            ValueError: a backbone's folder lacks weights its configuration asks for; the LLM is no decoder;
-                `num_text_layers` out of range.
+            ValueError: a setting that `NoteLLM2Config` does not know; a backbone's folder lacks weights its
+                configuration asks for; the LLM is no decoder; `num_text_layers` out of range.
         """
+        unknown = sorted(set(config) - set(inspect.signature(NoteLLM2Config.__init__).parameters))
+        if unknown:  # the config itself would keep them, as every config of transformers does
+            raise ValueError(f"{unknown[0]}={config[unknown[0]]!r} is no setting of NoteLLM2Config; see its docstring.")
         if processor is None:
             # The prompt must have a place for visual tokens just when the connector makes some.
             prompt: dict[str, Any] = {"prompt": "text"} if config.get("connector", "qformer") is None else {}
@@ -571,4 +575,4 @@ def _refuse_two_way_attention(language_model: nn.Module, source: str | os.PathLi
 
 NoteLLM2Model.register_for_auto_class("AutoModel")
 
-__all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel", "load_backbone"]
+__all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel", "NoteStates", "load_backbone"]

@@ -106,8 +106,10 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     head_warmup_steps: int = field(
         default=0,
         metadata={
-            "help": "Steps in which only what comes after the LLM trains, before everything does: the LLM runs once "
-            "over the training notes, so they take seconds. A hundred or two for a pretrained LLM; 0: none (the paper)."
+            "help": "Steps in which only what comes after the LLM trains, before everything does, at "
+            "head_learning_rate (try 1e-3) and on 64 pairs each: the backbones run once over 16,384 training notes at "
+            "most. A hundred or two for a pretrained LLM; 0: none (the paper). warmup_steps is another thing: it "
+            "belongs to the schedule of the learning rate."
         },
     )
     vision_features: Literal["recompute", "memory"] = field(
@@ -140,6 +142,16 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             raise ValueError(f"visual_loss_weight={self.visual_loss_weight} must not be negative (the paper: 1/9).")
         if self.head_warmup_steps < 0:
             raise ValueError(f"head_warmup_steps={self.head_warmup_steps} must not be negative (0: no warm-up).")
+        if self.head_warmup_steps and self.head_learning_rate is None:
+            raise ValueError(
+                f"head_warmup_steps={self.head_warmup_steps} without head_learning_rate: the LLM's rate is too "
+                "small for a head; set head_learning_rate, for instance to 1e-3."
+            )
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.n_gpu} GPUs, and would split notes and images differently among them: start "
+                "one process a GPU with `accelerate launch`."
+            )
         if self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last=True would drop notes of the evaluation, too: leave it False.")
         if self.remove_unused_columns:

@@ -9,6 +9,7 @@ from datasets import Dataset as Table
 from torch.utils.data import Dataset
 
 from modeling_notellm2 import NoteLLM2Processor
+from modeling_notellm2.processing_notellm2 import EncodedNote
 from train.features import VisionFeatureTable
 from train.losses import RelatedNotes
 
@@ -107,6 +108,12 @@ class NoteCollator:
         indices = [group.indices[i] for i in range(width) for group in groups]
         features = groups[0].features
         encoded = [self.processor.encode_note(note, index) for note, index in zip(notes, indices, strict=True)]
+        return self.collate_encoded(encoded, indices, features)
+
+    def collate_encoded(
+        self, encoded: Sequence[EncodedNote], indices: Sequence[int], features: VisionFeatureTable | None
+    ) -> dict[str, Any]:
+        """The same of notes that the processor has encoded already."""
         batch = dict(self.processor.collate(encoded, decode_images=features is None))
         if features is not None:
             batch |= features.stack(indices)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modeling_notellm2 import NoteLLM2Output
-
 
 class RelatedNotes:
     """A set of unordered pairs of related notes that answers for whole batches at once.
@@ -34,7 +32,12 @@ class RelatedNotes:
         """(M,) int64 note indices ─► (M, M) bool, True where the two notes are related."""
         if self._keys.device != note_ids.device:
             self._keys = self._keys.to(note_ids.device)
-        return torch.isin(note_ids.unsqueeze(1) * self.num_notes + note_ids.unsqueeze(0), self._keys)
+        wanted = note_ids.unsqueeze(1) * self.num_notes + note_ids.unsqueeze(0)
+        if len(self._keys) == 0:
+            return torch.zeros_like(wanted, dtype=torch.bool)
+        # The keys are sorted: `torch.isin` would go through all of them, a million pairs in every step.
+        found = torch.searchsorted(self._keys, wanted).clamp(max=len(self._keys) - 1)
+        return self._keys[found] == wanted
 
 
 def false_negative_mask(note_ids: Tensor, related: RelatedNotes | None = None) -> Tensor:
@@ -84,30 +87,35 @@ def contrastive_loss(embeds: Tensor, logit_scale: Tensor | float, false_negative
 
 
 def joint_loss(
-    output: NoteLLM2Output, has_image: Tensor, false_negatives: Tensor, visual_loss_weight: float
+    note_embeds: Tensor,
+    visual_embeds: Tensor | None,
+    logit_scale: Tensor | float,
+    has_image: Tensor,
+    false_negatives: Tensor,
+    visual_loss_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = (L_m + α·L_v) / (1 + α) (NoteLLM-2, training objective); L_m alone where the prompt gives no n_v.
+    """L = (L_m + α·L_v) / (1 + α) (NoteLLM-2, training objective).
 
-    L_v is taken over the pairs whose notes both have an image.
+    L_v is taken over the pairs whose notes both have an image. L is L_m alone without `visual_embeds`, with α = 0, and
+    where no pair has two images.
 
     Args:
-        output: the model's output for 2N notes, the first ones of N pairs and then their partners.
-        has_image: (2N,) bool, which of them have an image.
+        note_embeds: (2N, D) float, L2-normalised, of n_m: the first notes of the N pairs, then their partners.
+        visual_embeds: (2N, D) the same of n_v, or `None` where the prompt gives none.
+        logit_scale: a scalar that multiplies the cosine similarities.
+        has_image: (2N,) bool, which notes have an image.
         false_negatives: (2N, 2N) bool, from `false_negative_mask`.
         visual_loss_weight: α.
 
     Returns:
         L, a scalar float32, and its parts, `loss_m` and, where it was taken, `loss_v`.
     """
-    assert output.note_embeds is not None and output.logit_scale is not None
-    loss_m = contrastive_loss(output.note_embeds, output.logit_scale, false_negatives)
-    if output.visual_embeds is None or visual_loss_weight == 0:
-        return loss_m, {"loss_m": loss_m}
+    loss_m = contrastive_loss(note_embeds, logit_scale, false_negatives)
     first, second = has_image.chunk(2)
     rows = (first & second).repeat(2)
-    if not bool(rows.any()):
+    if visual_embeds is None or visual_loss_weight == 0 or not bool(rows.any()):
         return loss_m, {"loss_m": loss_m}
-    loss_v = contrastive_loss(output.visual_embeds[rows], output.logit_scale, false_negatives[rows][:, rows])
+    loss_v = contrastive_loss(visual_embeds[rows], logit_scale, false_negatives[rows][:, rows])
     loss = (loss_m + visual_loss_weight * loss_v) / (1.0 + visual_loss_weight)
     return loss, {"loss_m": loss_m, "loss_v": loss_v}
 

@@ -36,7 +36,6 @@ from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_argu
 from train.data import NoteDataset, PairDataset
 from train.features import VisionFeatureTable
 from train.trainer import NoteLLM2Trainer
-from train.warmup import warm_up_head
 
 logger = logging.getLogger("train")
 
@@ -170,15 +169,19 @@ def train(
         raise UserError(str(error)) from error
     features: dict[str, VisionFeatureTable | None] = {"train": None, "validation": None}
     if training.vision_features == "memory" and model.config.has_vision:
+        model.to(training.device)  # type: ignore[arg-type]  # transformers' own annotation
         features = {name: VisionFeatureTable(model, splits[name].notes) for name in features}
-    train_dataset = PairDataset(*splits["train"], features["train"])
-    trainer = NoteLLM2Trainer(
-        model=model,
-        args=training,
-        train_dataset=train_dataset,
-        eval_dataset=NoteDataset(splits["validation"].notes, features["validation"]),
-        eval_related=related_of(splits["validation"]),
-    )
+    try:
+        train_dataset = PairDataset(*splits["train"], features["train"])
+        trainer = NoteLLM2Trainer(
+            model=model,
+            args=training,
+            train_dataset=train_dataset,
+            eval_dataset=NoteDataset(splits["validation"].notes, features["validation"]),
+            eval_related=related_of(splits["validation"]),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if state.is_main_process:
         save_settings(folder, (composition, data, training))
 
@@ -192,12 +195,6 @@ def train(
         batch_size = training.per_device_eval_batch_size
         if training.eval_untrained:
             rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
-    if training.head_warmup_steps and resume_from is None:
-        logger.info("Warming up the head: %d steps on the states of the unchanged LLM", training.head_warmup_steps)
-        try:
-            logger.info("Loss after the warm-up: %.3f", warm_up_head(trainer))
-        except ValueError as error:
-            raise UserError(str(error)) from error
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "Training %d of %d parameters (LLM: %s) on %d unordered pairs of %d notes",
@@ -218,6 +215,7 @@ def train(
             test_notes=len(notes),
             train_notes=len(splits["train"].notes),
             train_pairs=len(train_dataset),
+            head_warmup_steps=training.head_warmup_steps,
             steps=trainer.state.global_step,
             train_seconds=round(result.metrics["train_runtime"], 1),
             best_step=trainer.state.best_global_step,

@@ -1,6 +1,7 @@
 """`NoteLLM2Trainer`: `transformers.Trainer` with the contrastive loss, retrieval metrics and a learning rate a part.
 
-Only public hooks are overridden. Losses see embeddings and ids, models see tensors; this file alone sees all.
+Only public hooks are overridden. Losses see embeddings and ids, models see tensors; the trainer, with its warm-up, sees
+all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from evaluation.metrics import retrieval_metrics
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
 from train.arguments import NoteLLM2TrainingArguments
 from train.data import NoteCollator, NoteDataset, PairDataset
 from train.losses import RelatedNotes, false_negative_mask, joint_loss
+from train.warmup import warm_up_head
 
 
 class RetrievalEvaluation:
@@ -74,6 +77,11 @@ class NoteLLM2Trainer(Trainer):
         eval_related: Sequence[np.ndarray] | None = None,
         **kwargs: Any,
     ) -> None:
+        if args.head_warmup_steps and model.config.embedding_dim is None and model.late_fusion is None:
+            raise ValueError(
+                f"head_warmup_steps={args.head_warmup_steps}: the model has neither a head (embedding_dim) nor late "
+                "fusion, so there is nothing to warm up; set it to 0."
+            )
         apply_llm_tuning(model, args)
         if eval_related is not None:
             kwargs["compute_metrics"] = RetrievalEvaluation(eval_related, args.eval_ks)
@@ -88,6 +96,38 @@ class NoteLLM2Trainer(Trainer):
         )
         self.related: RelatedNotes | None = None if train_dataset is None else train_dataset.related
         self._parts: dict[str, list[float]] = {}
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Warm up the head (`args.head_warmup_steps`) unless a checkpoint is resumed, then train as `Trainer` does."""
+        if self.args.head_warmup_steps and not resume_from_checkpoint:
+            self._warm_up_head()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _warm_up_head(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"head_warmup_steps={self.args.head_warmup_steps} needs whole weights in every process: warm up in "
+                "a run of its own without FSDP and DeepSpeed, then go on from its checkpoint with head_warmup_steps=0."
+            )
+        assert isinstance(self.train_dataset, PairDataset)
+        # Every process does the same: the result is the same, and none could go on without it.
+        loss = warm_up_head(
+            self.model,
+            self.train_dataset,
+            [group for group in self.parameter_groups(self.model) if group["part"] == "head"],
+            steps=self.args.head_warmup_steps,
+            visual_loss_weight=self.args.visual_loss_weight,
+            seed=self.args.seed,
+            batch_size=self.args.per_device_eval_batch_size,
+            autocast=self.accelerator.autocast,
+            show_progress_bar=self.is_world_process_zero() and not self.args.disable_tqdm,
+        )
+        self.log({"warmup_loss": loss})
 
     def compute_loss(
         self,
@@ -105,8 +145,15 @@ class NoteLLM2Trainer(Trainer):
         output: NoteLLM2Output = model(**tensors)
         has_image = tensors["has_image"]
         masked = false_negative_mask(note_index, self.related)
-        loss, parts = joint_loss(output, has_image, masked, self.args.visual_loss_weight)
-        assert output.logit_scale is not None
+        assert output.note_embeds is not None and output.logit_scale is not None
+        loss, parts = joint_loss(
+            output.note_embeds,
+            output.visual_embeds,
+            output.logit_scale,
+            has_image,
+            masked,
+            self.args.visual_loss_weight,
+        )
         parts["temperature"] = 1.0 / output.logit_scale
         if output.fusion_weight is not None and bool(has_image.any()):
             parts["fusion_weight"] = output.fusion_weight[has_image].mean()
@@ -144,7 +191,7 @@ class NoteLLM2Trainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Groups for the optimizer: what trains, split by `part` (see `part_of`) and by weight decay."""
+        """Groups for the optimizer: what trains, split by `part` (llm, connector, head) and by weight decay."""
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -152,7 +199,7 @@ class NoteLLM2Trainer(Trainer):
                 # Decay would pull a temperature and a token's embedding to zero, which means nothing for them.
                 scale_or_token = name.endswith(("logit_scale", "image_embedding", "query_tokens"))
                 decay = name in decayed and not scale_or_token
-                groups.setdefault((part_of(name), decay), []).append(parameter)
+                groups.setdefault((_part_of(name), decay), []).append(parameter)
         rates = {
             "llm": self.args.learning_rate,
             "connector": self.args.connector_learning_rate,
@@ -169,12 +216,16 @@ class NoteLLM2Trainer(Trainer):
         ]
 
 
-def part_of(name: str) -> Literal["llm", "connector", "head"]:
+def _part_of(name: str) -> Literal["llm", "connector", "head"]:
     """Which learning rate a parameter has, by its name: the LLM's, of what comes before it, or of what comes after."""
     name = name.removeprefix("module.")
     if name.startswith(("language_model.", "vision_tower.")):
         return "llm"
-    return "connector" if name.startswith("connector.") or name == "image_embedding" else "head"
+    if name.startswith("connector.") or name == "image_embedding":
+        return "connector"
+    if name.startswith(("late_fusion.", "head.")) or name == "logit_scale":
+        return "head"
+    raise ValueError(f"the parameter {name!r} belongs to no part of NoteLLM2Model that has a learning rate.")
 
 
 __all__ = ["NoteLLM2Trainer", "RetrievalEvaluation", "apply_llm_tuning"]

@@ -43,6 +43,8 @@ def test_without_arguments_the_embedded_default_is_read(monkeypatch: pytest.Monk
         ({"remove_unused_columns": True}, "remove_unused_columns=True"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
         ({"llm_tuning": "lorra"}, "lorra"),
+        ({"head_warmup_steps": -1}, "head_warmup_steps=-1"),
+        ({"head_warmup_steps": 3}, "without head_learning_rate"),
         ({"prompt": "mcil"}, "mcil"),
         ({"max_steps": 2.5}, "2.5"),
     ],

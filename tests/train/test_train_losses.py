@@ -7,7 +7,7 @@ from sentence_transformers.losses import MultipleNegativesRankingLoss
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses import RelatedNotes, contrastive_loss, false_negative_mask
+from train.losses import RelatedNotes, contrastive_loss, false_negative_mask, joint_loss
 
 
 def random_embeds(rows: int, seed: int = 0) -> Tensor:
@@ -103,3 +103,34 @@ def test_gradients_reach_embeddings_and_scale():
 def test_refuses_rows_that_are_no_pairs(rows: int):
     with pytest.raises(ValueError, match=f"{rows} rows"):
         contrastive_loss(torch.randn(rows, 4), 20.0)
+
+
+def test_joint_loss_weighs_both_and_leaves_pairs_without_two_images_out():
+    embeds, visual = random_embeds(8, seed=1), random_embeds(8, seed=2)
+    masked, everywhere = torch.eye(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool)
+    loss_m, loss_v = contrastive_loss(embeds, 20.0), contrastive_loss(visual, 20.0)
+    loss, parts = joint_loss(embeds, visual, 20.0, everywhere, masked, 0.25)
+    assert loss.item() == pytest.approx(((loss_m + 0.25 * loss_v) / 1.25).item())
+    assert parts["loss_m"].item() == pytest.approx(loss_m.item()) and parts["loss_v"].item() == pytest.approx(loss_v)
+
+    one_missing = everywhere.clone()
+    one_missing[5] = False  # the partner of 1
+    rows = [0, 2, 3, 4, 6, 7]
+    expected = (loss_m + 0.25 * contrastive_loss(visual[rows], 20.0)) / 1.25
+    found, _ = joint_loss(embeds, visual, 20.0, one_missing, masked, 0.25)
+    assert found.item() == pytest.approx(expected.item()) and found.item() != pytest.approx(loss.item())
+
+    no_pair = torch.tensor([True, False, True, False, False, True, False, True])
+    for arguments in ((visual, everywhere, 0.0), (visual, no_pair, 0.25), (None, everywhere, 0.25)):
+        alone, parts = joint_loss(embeds, arguments[0], 20.0, arguments[1], masked, arguments[2])
+        assert alone.item() == loss_m.item() and set(parts) == {"loss_m"}
+
+
+def test_related_notes_answer_for_every_pair():
+    generator = torch.Generator().manual_seed(0)
+    pairs = {(a, b) for a, b in torch.randint(40, (60, 2), generator=generator).tolist() if a != b}
+    ids = torch.randint(40, (50,), generator=generator)
+    found = RelatedNotes(pairs, 40).matrix(ids)
+    expected = [[(a, b) in pairs or (b, a) in pairs for b in ids.tolist()] for a in ids.tolist()]
+    assert found.tolist() == expected and found.any() and not found.all()
+    assert not RelatedNotes([], 40).matrix(ids).any()

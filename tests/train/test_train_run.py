@@ -1,13 +1,14 @@
 """The training command, end to end, and every recipe of configs/."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig
 
 from hub.verify import verify
 from pairs.split import load_split
@@ -54,6 +55,16 @@ def test_every_recipe_trains_a_step(config: Path, world_folder: Path, backbones:
     assert np.isfinite(embeds).all() and np.abs(embeds[0] - embeds[1]).max() > 0
 
 
+@pytest.mark.parametrize("name", ["movies", "rooms"])
+def test_recipes_adapt_the_last_ten_layers(name: str):
+    """Their pattern is written for the thirty layers of SmolLM2-135M, which the tests above do not have."""
+    pattern = yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())["lora_target_modules"]
+    with torch.device("meta"):
+        llm = AutoModel.from_config(LlamaConfig(num_hidden_layers=30, hidden_size=64, vocab_size=8))
+    found = [path for path, module in llm.named_modules() if re.fullmatch(pattern, path)]
+    assert len(found) == 10 * 7 and {int(path.split(".")[1]) for path in found} == set(range(20, 30))
+
+
 def test_text_only_in_the_simulated_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main([*FAST, "--output_dir", str(tmp_path), "--num_simulated_notes", "192", "--max_steps", "1", "--vision", ""])
     model = AutoModel.from_pretrained(tmp_path)
@@ -86,7 +97,14 @@ def test_warms_up_the_head_and_goes_on_from_a_checkpoint(
         (["--notes", "nowhere.csv", "--views", "nowhere.csv"], "nowhere.csv"),
         (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--num_simulated_notes", "192", "--prompt", "text", "--late_fusion", "none"], "late_fusion=None"),
-        (["--num_simulated_notes", "192", *NO_HEAD, "--head_warmup_steps", "3"], "head_warmup_steps=3"),
+        (
+            ["--num_simulated_notes", "192", *NO_HEAD, "--head_warmup_steps", "3", "--head_learning_rate", "1e-3"],
+            "head_warmup_steps=3",
+        ),
+        (
+            ["--num_simulated_notes", "192", "--llm_tuning", "lora", "--lora_target_modules", "nothing"],
+            "nothing",
+        ),
     ],
 )
 def test_what_cannot_be_used_ends_with_one_line(options: list[str], message: str, tmp_path: Path):

@@ -113,6 +113,7 @@ def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer
 
 def test_resumed_run_continues_the_uninterrupted_one_exactly(build_trainer: BuildTrainer, tmp_path: Path):
     settings = {"max_steps": 6, "save_steps": 3, "llm_tuning": "lora", "lora_dropout": 0.1, "warmup_steps": 2}
+    settings |= {"head_warmup_steps": 5, "head_learning_rate": 1e-3}
     whole = build_trainer(output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
 

@@ -1,15 +1,13 @@
-"""The head's warm-up: what it trains, on what, and that it helps."""
+"""The head's warm-up: what it trains, on which pairs, in which precision, and that it helps."""
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_notellm2 import NoteLLM2Model
-from pairs.split import NotesAndPairs
 from train import warmup
-from train.data import NoteCollator, NoteDataset, PairDataset
 from train.trainer import NoteLLM2Trainer
 from train.warmup import warm_up_head
 
@@ -17,24 +15,26 @@ BuildTrainer = Callable[..., NoteLLM2Trainer]
 BuildModel = Callable[..., NoteLLM2Model]
 
 
-def without_some_images(splits: dict[str, NotesAndPairs]) -> PairDataset:
-    """The training pairs, every third note without its image."""
-    notes, pairs = splits["train"]
+def snapshot(model: NoteLLM2Model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
-    def drop(note: dict[str, Any], row: int) -> dict[str, Any]:
-        return {"image": None if row % 3 == 0 else note["image"]}
 
-    return PairDataset(notes.map(drop, with_indices=True), pairs)
+def warm_up(trainer: NoteLLM2Trainer, steps: int = 40) -> set[str]:
+    """Warm up, and return the names of what changed."""
+    before = snapshot(trainer.model)
+    groups = [group for group in trainer.parameter_groups(trainer.model) if group["part"] == "head"]
+    warm_up_head(trainer.model, trainer.train_dataset, groups, steps=steps, visual_loss_weight=0.1, seed=0)
+    return {name for name, value in trainer.model.state_dict().items() if not torch.equal(before[name], value)}
 
 
 def test_trains_the_head_alone_and_on_the_loss_of_training(build_trainer: BuildTrainer):
-    trainer = build_trainer(llm_tuning="full", head_warmup_steps=40, head_learning_rate=1e-2)
+    trainer = build_trainer(llm_tuning="full", head_learning_rate=3e-3)
     model = trainer.model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    warm_up_head(trainer)
+    before = snapshot(model)
+    changed = warm_up(trainer, steps=100)
     assert model.training
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
     assert {name.split(".")[0] for name in changed} == {"late_fusion", "head", "logit_scale"}
+    assert all(parameter.grad is None for parameter in model.parameters())
 
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
     with torch.no_grad():
@@ -43,40 +43,48 @@ def test_trains_the_head_alone_and_on_the_loss_of_training(build_trainer: BuildT
         assert after < trainer.compute_loss(model, batch) - 0.05
 
 
-def test_the_states_it_keeps_are_those_of_a_forward_pass(build_trainer: BuildTrainer, splits: dict[str, NotesAndPairs]):
-    """Notes with and without image, in another order than they were run in; and a batch in which none has one."""
-    dataset = without_some_images(splits)
-    trainer = build_trainer(per_device_eval_batch_size=5)
-    model, singles = trainer.model.eval(), NoteDataset(dataset.notes)
-    table = warmup._run_backbones(trainer, dataset, range(21))
-    for rows in ([7, 3, 19, 6, 3], [0, 9, 6]):
-        batch = NoteCollator(model.processor)([singles[row] for row in rows])
-        assert batch.pop("note_index").tolist() == rows
-        with torch.no_grad():
-            expected = model(**batch)
-            found = model.embed_states(warmup._select(table, torch.tensor(rows)))
-            wrong = model.embed_states(warmup._select(table, torch.tensor(rows) + 1))
-        torch.testing.assert_close(found.note_embeds, expected.note_embeds, atol=1e-6, rtol=0)
-        assert (found.visual_embeds is None) == (expected.visual_embeds is None) == (rows == [0, 9, 6])
-        if expected.visual_embeds is not None:
-            torch.testing.assert_close(found.visual_embeds, expected.visual_embeds, atol=1e-6, rtol=0)
-        torch.testing.assert_close(found.fusion_weight, expected.fusion_weight, atol=1e-6, rtol=0)
-        assert (wrong.note_embeds - expected.note_embeds).abs().max() > 1e-3  # the rows matter
+def test_text_only_models_and_fixed_temperatures(build_trainer: BuildTrainer, backbones: tuple[Path, Path]):
+    model = NoteLLM2Model.from_backbones(backbones[0], embedding_dim=8, learnable_temperature=False)
+    assert warm_up(build_trainer(model, head_learning_rate=1e-2), steps=2) == {"head.weight"}
 
 
-def test_a_sample_keeps_the_pairs_among_its_notes(build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch):
+def test_the_trainer_warms_up_before_it_trains(build_trainer: BuildTrainer):
+    settings = {"llm_tuning": "frozen", "learning_rate": 0.0, "head_learning_rate": 1e-3, "max_steps": 1}
+    cold, warm = build_trainer(**settings), build_trainer(head_warmup_steps=30, **settings)
+    cold.train()
+    warm.train()
+    moved = (cold.model.head.weight - warm.model.head.weight).abs().max()
+    assert moved > 0.003  # one step of AdamW moves a weight by its rate at most
+    assert torch.equal(cold.model.connector.query_tokens, warm.model.connector.query_tokens)
+
+
+def test_the_backbones_run_in_the_precision_of_training(build_trainer: BuildTrainer):
+    seen = []
+    for bf16 in (False, True):
+        trainer = build_trainer(bf16=bf16, head_warmup_steps=1, head_learning_rate=1e-3, max_steps=1)
+        found: list[bool] = []
+        layer = trainer.model.language_model.layers[0]
+        layer.register_forward_hook(lambda *_, found=found: found.append(torch.is_autocast_enabled("cpu")))
+        trainer.train()
+        assert len(set(found)) == 1 and len(found) > 1  # warm-up and training alike
+        seen.append(found[0])
+    assert seen == [False, True]
+
+
+def test_a_sample_is_drawn_from_the_pairs(monkeypatch: pytest.MonkeyPatch):
+    """A sparse graph: of so many notes drawn at random, hardly two would be related."""
     monkeypatch.setattr(warmup, "MAX_NOTES", 30)
-    dataset = build_trainer().train_dataset
-    notes, pairs = warmup._choose_pairs(dataset, torch.Generator().manual_seed(0))
-    kept = set(notes.tolist())
-    assert len(kept) == 30 and notes.tolist() == sorted(kept)
-    assert {tuple(pair) for pair in pairs.tolist()} == {(a, b) for a, b in dataset.pairs if a in kept and b in kept}
-    assert 0 < len(pairs) < len(dataset)
+    pairs = torch.arange(4000).reshape(2000, 2)
+    pairs = torch.cat([pairs, pairs + torch.tensor([0, 4000])])  # (0, 1), …, (0, 4001), …
+    notes, kept = warmup._choose_pairs(pairs, torch.Generator().manual_seed(0))
+    assert 15 < len(notes) <= 30 and set(kept.flatten().tolist()) == set(notes.tolist())
+    among = [pair for pair in pairs.tolist() if set(pair) <= set(notes.tolist())]
+    assert kept.tolist() == among and len(kept) >= 15
+    monkeypatch.setattr(warmup, "MAX_NOTES", 10**6)
+    notes, kept = warmup._choose_pairs(pairs, torch.Generator().manual_seed(0))
+    assert torch.equal(kept, pairs) and torch.equal(notes, pairs.unique())
 
 
-def test_text_only_and_models_without_head(build_model: BuildModel, build_trainer: BuildTrainer, backbones: Any):
-    text_only = NoteLLM2Model.from_backbones(backbones[0], embedding_dim=8)
-    warm_up_head(build_trainer(text_only, head_warmup_steps=2))
-    no_head = build_model(embedding_dim=None, late_fusion=None)
-    with pytest.raises(ValueError, match="head_warmup_steps=2"):
-        warm_up_head(build_trainer(no_head, head_warmup_steps=2))
+def test_models_without_head_are_refused(build_model: BuildModel, build_trainer: BuildTrainer):
+    with pytest.raises(ValueError, match="head_warmup_steps=2: the model has neither"):
+        build_trainer(build_model(embedding_dim=None, late_fusion=None), head_warmup_steps=2, head_learning_rate=1e-3)

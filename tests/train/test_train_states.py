@@ -1,0 +1,52 @@
+"""The states that are kept are those of a forward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from modeling_notellm2 import NoteLLM2Model
+from pairs.split import NotesAndPairs
+from train.data import NoteCollator, NoteDataset
+from train.features import VisionFeatureTable
+from train.states import NoteStateTable
+
+BuildModel = Callable[..., NoteLLM2Model]
+
+
+def without_some_images(splits: dict[str, NotesAndPairs]) -> Dataset:
+    """The training notes, every third one without its image."""
+
+    def drop(note: dict[str, Any], row: int) -> dict[str, Any]:
+        return {"image": None if row % 3 == 0 else note["image"]}
+
+    return splits["train"].notes.map(drop, with_indices=True)
+
+
+@pytest.mark.parametrize("kept_features", [False, True])
+def test_equal_to_a_forward_pass(kept_features: bool, build_model: BuildModel, splits: dict[str, NotesAndPairs]):
+    """In another order than they were run in, some twice, mixed and all without image."""
+    model, notes = build_model().eval(), without_some_images(splits)
+    singles = NoteDataset(notes, VisionFeatureTable(model, notes) if kept_features else None)
+    table = NoteStateTable(model, singles, torch.arange(1, 22), batch_size=5)
+    for rows in ([7, 3, 19, 6, 3], [9, 6]):
+        batch = NoteCollator(model.processor)([NoteDataset(notes)[row] for row in rows])
+        del batch["note_index"]
+        with torch.no_grad():
+            expected = model(**batch)
+            found = model.embed_states(table.select(torch.tensor(rows)))
+            wrong = model.embed_states(table.select(torch.tensor(rows) + 1))
+        torch.testing.assert_close(found.note_embeds, expected.note_embeds, atol=1e-6, rtol=0)
+        assert (found.visual_embeds is None) == (expected.visual_embeds is None) == (rows == [9, 6])
+        if expected.visual_embeds is not None:
+            torch.testing.assert_close(found.visual_embeds, expected.visual_embeds, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.fusion_weight, expected.fusion_weight, atol=1e-6, rtol=0)
+        assert (wrong.note_embeds - expected.note_embeds).abs().max() > 1e-3  # the rows matter
+
+
+def test_states_that_are_not_kept_are_refused(build_model: BuildModel, splits: dict[str, NotesAndPairs]):
+    table = NoteStateTable(build_model(), NoteDataset(splits["train"].notes), torch.tensor([2, 5]))
+    with pytest.raises(ValueError, match="note 3 is not among"):
+        table.select(torch.tensor([5, 3]))
