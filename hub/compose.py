@@ -86,11 +86,16 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
     """Build the untrained model that `arguments` describe, with its processor (`model.processor`).
 
     Raises:
-        ValueError: no LLM, or settings that contradict one another.
+        ValueError: no LLM, settings that contradict one another, or a `model` that is no NoteLLM-2 checkpoint.
     """
     if arguments.model is not None:
-        model: NoteLLM2Model = AutoModel.from_pretrained(arguments.model)
-        return model
+        loaded = AutoModel.from_pretrained(arguments.model)
+        if not isinstance(loaded, NoteLLM2Model):
+            raise ValueError(
+                f"model={arguments.model!r} is a {type(loaded).__name__}: give a NoteLLM-2 checkpoint, or join two "
+                "backbones with llm and vision."
+            )
+        return loaded
     if arguments.llm is None:
         raise ValueError("llm is missing: give --llm a local folder or a Hub id of a decoder LLM.")
     if arguments.qformer_hidden_size % 64:

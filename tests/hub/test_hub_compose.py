@@ -86,6 +86,11 @@ def test_bad_settings_are_named(settings: dict, message: str, arguments: Callabl
         compose(arguments(**settings))
 
 
+def test_a_checkpoint_of_another_model_is_refused(llm_folder: Callable[[str], Path]):
+    with pytest.raises(ValueError, match="is a LlamaModel: give a NoteLLM-2 checkpoint"):
+        compose(CompositionArguments(model=str(llm_folder("llama"))))
+
+
 def test_command_ends_with_a_message_not_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         main(["--output", str(tmp_path)])

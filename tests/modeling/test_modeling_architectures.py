@@ -193,6 +193,11 @@ def test_ablations(compose: Compose, notes: Notes, tmp_path: Path) -> None:
             assert np.abs(model.encode(blank) - embeds)[0].max() > 1e-3
 
 
+def test_unknown_settings_are_refused(llm_folder: Callable) -> None:
+    with pytest.raises(ValueError, match="late_fusoin='vector' is no setting of NoteLLM2Config"):
+        NoteLLM2Model.from_backbones(llm_folder("llama"), late_fusoin="vector")
+
+
 def test_from_backbones_without_a_connector_needs_no_processor(llm_folder: Callable, tower_folder: Callable) -> None:
     model = NoteLLM2Model.from_backbones(llm_folder("llama"), tower_folder("clip"), connector=None)
     assert model.processor.prompt == "text" and model.connector is None
