@@ -4,11 +4,15 @@ Only public hooks are overridden. Losses see embeddings and ids, models see tens
 all.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import TrainOutput
@@ -19,6 +23,8 @@ from train.arguments import NoteLLM2TrainingArguments
 from train.data import NoteCollator, NoteDataset, PairDataset
 from train.losses import RelatedNotes, false_negative_mask, joint_loss
 from train.warmup import warm_up_head
+
+logger = logging.getLogger(__name__)
 
 
 class RetrievalEvaluation:
@@ -106,7 +112,10 @@ class NoteLLM2Trainer(Trainer):
         """Warm up the head (`args.head_warmup_steps`) unless a checkpoint is resumed, then train as `Trainer` does."""
         if self.args.head_warmup_steps and not resume_from_checkpoint:
             self._warm_up_head()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self.args.head_warmup_steps and self.args.load_best_model_at_end:
+            self._restore_warmed_up_if_best()
+        return result
 
     def _warm_up_head(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -128,6 +137,46 @@ class NoteLLM2Trainer(Trainer):
             show_progress_bar=self.is_world_process_zero() and not self.args.disable_tqdm,
         )
         self.log({"warmup_loss": loss})
+        if self.args.load_best_model_at_end:
+            # A candidate for the best model, too, although `Trainer` saves none before the first step.
+            metric = self.evaluate()[self._best_metric_name]
+            if self.is_world_process_zero():
+                Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+                trained = {name: p.detach().contiguous() for name, p in self._trained_parameters().items()}
+                save_file(trained, self._warmed_up_file, metadata={self._best_metric_name: repr(metric)})
+            self.accelerator.wait_for_everyone()
+
+    def _restore_warmed_up_if_best(self) -> None:
+        """Take the model back as it was after the warm-up if no checkpoint was better by `metric_for_best_model`."""
+        if not self._warmed_up_file.exists():  # a finished run that is resumed for more steps
+            return
+        with safe_open(self._warmed_up_file, "pt") as saved:
+            metric, best = float(saved.metadata()[self._best_metric_name]), self.state.best_metric
+            if best is None or (metric > best if self.args.greater_is_better else metric < best):
+                with torch.no_grad():
+                    for name, parameter in self._trained_parameters().items():
+                        parameter.copy_(saved.get_tensor(name))
+                self.state.best_metric, self.state.best_global_step = metric, 0
+                self.state.best_model_checkpoint = None
+                logger.warning(
+                    "No checkpoint is better than the warmed-up model (%s %.4f): it is taken back.",
+                    self._best_metric_name,
+                    metric,
+                )
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self._warmed_up_file.unlink()
+
+    @property
+    def _warmed_up_file(self) -> Path:
+        return Path(self.args.output_dir) / "warmed_up.safetensors"
+
+    @property
+    def _best_metric_name(self) -> str:
+        return f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+
+    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def compute_loss(
         self,

@@ -88,3 +88,32 @@ def test_a_sample_is_drawn_from_the_pairs(monkeypatch: pytest.MonkeyPatch):
 def test_models_without_head_are_refused(build_model: BuildModel, build_trainer: BuildTrainer):
     with pytest.raises(ValueError, match="head_warmup_steps=2: the model has neither"):
         build_trainer(build_model(embedding_dim=None, late_fusion=None), head_warmup_steps=2, head_learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("ruinous", [True, False])
+def test_the_warmed_up_model_may_be_the_best(ruinous: bool, build_trainer: BuildTrainer):
+    """Steps at a rate of 0 change nothing: checkpoints and warm-up tie then, and the later one stays."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "recall@10", "greater_is_better": True}
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2, "llm_tuning": "full"}
+    rates = {"learning_rate": 1.0 if ruinous else 0.0, "head_learning_rate": 3e-3, "connector_learning_rate": 0.0}
+    trainer = build_trainer(head_warmup_steps=100, warmup_steps=0, **best, **often, **rates)
+    warmed_up: dict[str, torch.Tensor] = {}
+    original = trainer._warm_up_head
+
+    def warm_up_and_look() -> None:
+        original()
+        warmed_up.update(snapshot(trainer.model))
+        if not ruinous:
+            trainer.args.head_learning_rate = 0.0
+
+    trainer._warm_up_head = warm_up_and_look  # type: ignore[method-assign]
+    trainer.train()
+    assert not list(Path(trainer.args.output_dir).glob("warmed_up*"))
+    assert trainer.evaluate()["eval_recall@10"] == pytest.approx(trainer.state.best_metric)
+    if ruinous:
+        assert trainer.state.best_global_step == 0
+        assert all(torch.equal(value, warmed_up[name]) for name, value in trainer.model.state_dict().items())
+        worse = [entry["eval_recall@10"] for entry in trainer.state.log_history if "eval_recall@10" in entry]
+        assert min(worse) < trainer.state.best_metric - 0.02  # training did ruin it
+    else:
+        assert trainer.state.best_global_step == 1
