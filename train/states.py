@@ -17,7 +17,8 @@ WINDOW_BATCHES = 16
 class NoteStateTable:
     """The states of some notes, for as long as neither backbone nor the connector trains.
 
-    Kept in float32 on the model's device: (2 · d_llm + d_v) · 4 bytes a note, half of the first without mICL.
+    Kept in the dtype of the model's weights (float32 also under autocast) on its device: 2 · d_llm + d_v numbers a
+    note, half of the first without mICL.
 
     Args:
         model: the model whose tower, connector and LLM are run.
@@ -38,6 +39,7 @@ class NoteStateTable:
         show_progress_bar: bool = True,
     ) -> None:
         count, device = len(rows), model.device
+        self._dtype = model.dtype
         self._place = torch.full((len(notes),), -1)  # row of the notes ─► row of the tensors below
         self._place[rows] = torch.arange(count)
         self.has_image = torch.zeros(count, dtype=torch.bool, device=device)
@@ -84,8 +86,9 @@ class NoteStateTable:
 
     def _store(self, name: str, places: Tensor, values: Tensor) -> None:
         if name not in self._tensors:
-            self._tensors[name] = torch.zeros(len(self.has_image), values.shape[1], device=values.device)
-        self._tensors[name][places] = values.float()
+            shape = (len(self.has_image), values.shape[1])
+            self._tensors[name] = torch.zeros(shape, dtype=self._dtype, device=values.device)
+        self._tensors[name][places] = values.to(self._dtype)
 
     def select(self, note_index: Tensor) -> NoteStates:
         """What `NoteLLM2Model.get_states` would return for one batch of these notes.

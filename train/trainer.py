@@ -69,6 +69,9 @@ class NoteLLM2Trainer(Trainer):
         eval_dataset: notes to encode during training.
         eval_related: for each of them the positions of its related notes.
         kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, …).
+
+    Raises:
+        ValueError: `args.head_warmup_steps` is set and the model has nothing to warm up.
     """
 
     model: NoteLLM2Model

@@ -50,3 +50,18 @@ def test_states_that_are_not_kept_are_refused(build_model: BuildModel, splits: d
     table = NoteStateTable(build_model(), NoteDataset(splits["train"].notes), torch.tensor([2, 5]))
     with pytest.raises(ValueError, match="note 3 is not among"):
         table.select(torch.tensor([5, 3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_states_keep_the_dtype_of_the_weights(
+    dtype: torch.dtype, build_model: BuildModel, splits: dict[str, NotesAndPairs]
+):
+    model = build_model().to(dtype).eval()
+    table = NoteStateTable(model, NoteDataset(splits["train"].notes), torch.tensor([2, 5, 6]))
+    states = table.select(torch.tensor([6, 2]))
+    assert states.note_states.dtype == states.pooled_embeds.dtype == dtype
+    found, wrong = model.embed_states(states), model.embed_states(table.select(torch.tensor([2, 6])))
+    expected = model.encode([splits["train"].notes[row] for row in (6, 2)], convert_to_tensor=True)
+    difference = (found.note_embeds - expected).abs().max()
+    assert difference < (0.01 if dtype == torch.bfloat16 else 1e-6)
+    assert 2 * difference < (wrong.note_embeds - expected).abs().max()
