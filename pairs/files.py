@@ -163,3 +163,4 @@ _WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,
 }
+WRITABLE = tuple(_WRITERS)

@@ -16,7 +16,7 @@ BM25 stays below the ceiling of text, because a note says only a few of the many
 
 import argparse
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,9 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pairs.build import SECONDS_PER_DAY
+from pairs.options import add_options, parsed_options
 from pairs.pictures import LOOKS, draw_picture
+from pairs.query import SECONDS_PER_DAY
 from pairs.tables import write_table
 from pairs.vocabulary import COMMON_WORDS, SUBJECTS
 
@@ -190,14 +191,10 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", required=True, help="folder for notes.jsonl, views.csv and images/")
-    for setting in fields(SimulationOptions):
-        option = "--" + setting.name.replace("_", "-")
-        parser.add_argument(option, type=type(setting.default), default=setting.default, help=setting.metadata["help"])
+    add_options(parser, SimulationOptions)
     args = parser.parse_args(argv)
     try:
-        options = SimulationOptions(
-            **{setting.name: getattr(args, setting.name) for setting in fields(SimulationOptions)}
-        )
+        options = parsed_options(args, SimulationOptions)
     except ValueError as error:
         parser.error(str(error))
     world = simulate(options)

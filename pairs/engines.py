@@ -1,0 +1,452 @@
+"""Where the query runs: DuckDB in this process (the default), or Spark on a cluster.
+
+An engine reads logs of views, computes Ibis expressions, and keeps intermediate tables on disk. Everything that differs
+between the two is here; what makes two notes related (`pairs.query`) and a view good (`pairs.views`) is written once.
+
+    with connect("duckdb", memory_gb=4) as engine:
+        ...
+    with connect("spark", spark_master="local[2]") as engine:          # or spark_session=spark
+        ...
+"""
+
+import math
+import tempfile
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import duckdb
+import fsspec
+import ibis
+import pyarrow as pa
+from ibis.expr import types as ir
+
+if TYPE_CHECKING:  # Spark is an extra
+    from pyspark.sql import DataFrame, SparkSession
+
+EngineName = Literal["duckdb", "spark"]
+
+# Kinds of files, by the endings they may have; compressed ones end in .gz besides.
+_KINDS: dict[str, tuple[str, ...]] = {
+    "csv": (".csv",),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+}
+_KINDS_HELP = ".csv, .jsonl or .parquet (the first two also with .gz)"
+
+
+class Engine(ABC):
+    """What both engines do. Use as a context manager; it takes its temporary files away.
+
+    Attributes:
+        name: "duckdb" or "spark".
+        backend: the Ibis backend.
+        show_progress: whether long work shows a progress bar.
+    """
+
+    name: EngineName
+    backend: Any
+    show_progress: bool
+
+    @abstractmethod
+    def read(self, path: str, columns: tuple[str, str, str]) -> ir.Table:
+        """Reads a log of views: one file, several by a pattern (`*`), or a folder, also one partitioned as `day=…/`.
+
+        Args:
+            path: a path, or a URL such as s3://bucket/views. CSV files have a header.
+            columns: how the table calls user_id, note_id and timestamp.
+
+        Returns:
+            user_id, note_id (string), timestamp (string, int64 or timestamp, as the table has it), file (string), block
+            and position (int64: rows of a file are in the order of block, then position).
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: a kind of file that is not known, a missing column, a column of a wrong type.
+        """
+
+    @abstractmethod
+    def from_arrow(self, table: pa.Table) -> ir.Table:
+        """A table in memory as one of the engine."""
+
+    @abstractmethod
+    def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
+        """Computes `expression` once, and stores the result on disk for as long as the engine is open.
+
+        Args:
+            expression: what to compute.
+            cluster_by: a column whose equal values should lie side by side, where that makes joins on it faster.
+        """
+
+    @abstractmethod
+    def number(self, ids: ir.Table, column: str, name: str) -> ir.Table:
+        """Adds the integer column `name`, which rises with the string column `column`, whose values are unique.
+
+        The numbers are 0, 1, 2, … (int32) on DuckDB, and have gaps (int64) on Spark. Computed once, as by `keep`.
+        """
+
+    def parts_of(self, encounters: int) -> int:
+        """In how many parts to count so many encounters, so that the counts of one part fit in memory."""
+        return 1
+
+    def fetch(self, expression: ir.Table) -> pa.Table:
+        """The result, in memory."""
+        return expression.to_pyarrow()
+
+    @abstractmethod
+    def write_folder(self, expression: ir.Table, path: str) -> None:
+        """Writes the result as Parquet files into a new folder, here or on an object store.
+
+        Raises:
+            ValueError: something is at `path` already.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Takes temporary files away and gives back what the engine opened."""
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def connect(
+    engine: EngineName = "duckdb",
+    *,
+    memory_gb: float = 4.0,
+    temp_dir: str | None = None,
+    spark_master: str | None = None,
+    spark_session: "SparkSession | None" = None,
+    show_progress: bool = False,
+) -> Engine:
+    """Opens an engine.
+
+    Args:
+        engine: "duckdb" or "spark".
+        memory_gb: DuckDB: memory it may take for its tables, in 10^9 bytes; what does not fit is spilled to disk. The
+            process takes a few hundred megabytes more. Spark: memory of a local master's process; a cluster has its own
+            settings.
+        temp_dir: where intermediate tables go. Spark on a cluster: a folder that all machines reach
+            (hdfs://…, s3a://…). None: a folder of this machine.
+        spark_master: where Spark runs; None: as `SparkSession.builder` finds it configured (as under spark-submit).
+        spark_session: an existing session, which stays open.
+        show_progress: whether long work shows a progress bar.
+
+    Raises:
+        ValueError: another engine, memory_gb not above 0, or Spark's settings without Spark.
+        ImportError: Spark is not installed.
+    """
+    if engine not in get_args(EngineName):
+        raise ValueError(f"engine={engine!r}: use one of {get_args(EngineName)}.")
+    if not memory_gb > 0:
+        raise ValueError(f"memory_gb={memory_gb}: give a number above 0.")
+    if engine == "duckdb":
+        if spark_master is not None or spark_session is not None:
+            raise ValueError(f"spark_master={spark_master!r} needs engine='spark'.")
+        return DuckDBEngine(memory_gb, temp_dir, show_progress)
+    return SparkEngine(spark_master, spark_session, memory_gb, temp_dir, show_progress)
+
+
+class DuckDBEngine(Engine):
+    """DuckDB in this process, with a database file for what does not fit in memory."""
+
+    name = "duckdb"
+
+    def __init__(self, memory_gb: float, temp_dir: str | None, show_progress: bool) -> None:
+        # A database of its own for every engine, and nothing left of it: these are no tables that anybody shall find.
+        self._folder = tempfile.TemporaryDirectory(prefix="notellm2-pairs-", dir=temp_dir)
+        folder = Path(self._folder.name)
+        self._memory_gb = memory_gb
+        self.backend = ibis.duckdb.connect(
+            folder / "views.duckdb",
+            memory_limit=f"{memory_gb}GB",
+            temp_directory=str(folder / "spill"),
+            # Tables have no order of rows that anything relies on; keeping one costs memory.
+            preserve_insertion_order=False,
+        )
+        self.backend.raw_sql("SET TimeZone = 'UTC'")
+        self.show_progress = show_progress
+
+    def read(self, path: str, columns: tuple[str, str, str]) -> ir.Table:
+        filesystem, files = _list_files(path)
+        kind = _kind_of(path, files)
+        if filesystem is not None:
+            self.backend.register_filesystem(filesystem)
+        names = "[" + ", ".join(map(_quoted, files)) + "]"
+        options = "filename = true, union_by_name = true, hive_partitioning = true"
+        if kind == "parquet":
+            source, position = f"read_parquet({names}, {options}, file_row_number = true)", "file_row_number"
+        elif kind == "csv":
+            dialect = "header = true, all_varchar = true, delim = ',', quote = '\"', escape = '\"'"
+            source, position = f"read_csv({names}, {options}, {dialect})", "row_number() OVER ()"
+        else:
+            types = "{" + ", ".join(f"{_quoted(name)}: 'VARCHAR'" for name in columns) + "}"
+            given = f"columns = {types}, format = 'newline_delimited'"
+            source = f"read_json({names}, filename = true, hive_partitioning = true, {given})"
+            position = "row_number() OVER ()"
+        schema = dict(self._sql(f"DESCRIBE SELECT * FROM {source}", path, rows=True))
+        for name in columns:
+            if name not in schema:
+                shown = [name for name in schema if name not in ("filename", "file_row_number")]
+                raise ValueError(f"{path}: no column {name!r}, only {shown}; say which one it is with an option.")
+        _check_types(path, columns, schema)
+        user, note, time = ('"' + name.replace('"', '""') + '"' for name in columns)
+        query = (
+            f"SELECT {user}::VARCHAR AS user_id, {note}::VARCHAR AS note_id, {time} AS timestamp, filename AS file, "
+            f"0::BIGINT AS block, ({position})::BIGINT AS position FROM {source}"
+        )
+        if kind == "parquet":  # columns apart, it is read as often as it is needed
+            return self.backend.sql(query)
+        # A text is parsed once; the number of a row is known only then, and only in the order of the file.
+        name = _new_name()
+        self.backend.raw_sql("SET preserve_insertion_order = true")
+        self._sql(f'CREATE TABLE "{name}" AS {query}', path)
+        self.backend.raw_sql("SET preserve_insertion_order = false")
+        return self.backend.table(name)
+
+    def _sql(self, query: str, path: str, rows: bool = False) -> list[tuple[Any, ...]]:
+        try:
+            cursor = self.backend.raw_sql(query)
+            return [row[:2] for row in cursor.fetchall()] if rows else []
+        except duckdb.Error as error:
+            # DuckDB names the file and the line; of its long text the rest is about options that are ours.
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise ValueError(f"{path}: not readable ({' '.join(lines[:3])}); repair or convert it.") from error
+
+    def from_arrow(self, table: pa.Table) -> ir.Table:
+        return self.backend.create_table(_new_name(), table)
+
+    def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
+        # A hash join of rows that lie as their keys do is four times as fast: the processor's cache holds what it needs.
+        ordered = expression if cluster_by is None else expression.order_by(cluster_by)
+        return self.backend.create_table(_new_name(), ordered)
+
+    def parts_of(self, encounters: int) -> int:
+        # Measured on a power law of popularity: a fifth as many pairs as encounters, 40 to 80 bytes each in a hash table.
+        return max(1, math.ceil(encounters * 16 / (self._memory_gb * 0.5e9)))
+
+    def number(self, ids: ir.Table, column: str, name: str) -> ir.Table:
+        number = ibis.row_number().over(order_by=column).cast("int32")
+        return self.keep(ids.mutate(number.name(name)))
+
+    def write_folder(self, expression: ir.Table, path: str) -> None:
+        filesystem, target = fsspec.core.url_to_fs(path)
+        if filesystem.exists(target):
+            raise ValueError(f"{path}: is there already; remove it or give another path.")
+        if "file" not in _protocols(filesystem):
+            self.backend.register_filesystem(filesystem)
+            target = filesystem.unstrip_protocol(target)
+        filesystem.makedirs(target, exist_ok=True)
+        expression.to_parquet(f"{target}/part-0.parquet")
+
+    def close(self) -> None:
+        self.backend.disconnect()
+        self._folder.cleanup()
+
+
+class SparkEngine(Engine):
+    """Spark. Intermediate tables are Parquet files: unlike a cache, no lost machine makes Spark compute them anew."""
+
+    name = "spark"
+
+    def __init__(
+        self,
+        master: str | None,
+        session: "SparkSession | None",
+        memory_gb: float,
+        temp_dir: str | None,
+        show_progress: bool,
+    ) -> None:
+        try:
+            from pyspark.sql import SparkSession
+        except ImportError as error:
+            raise ImportError(
+                "engine='spark' needs PySpark and Java 17: pip install 'notellm2[spark]', or -e '.[spark]' in a checkout."
+            ) from error
+        self._opened = session is None
+        self.show_progress = show_progress
+        if session is None:
+            builder = SparkSession.builder.appName("notellm2-pairs")
+            builder = builder.config("spark.ui.showConsoleProgress", str(show_progress).lower())
+            if master is not None:
+                builder = builder.master(master)
+                if master.startswith("local"):  # everything runs in the driver, and a shuffle need not be wide
+                    builder = builder.config("spark.driver.memory", f"{int(memory_gb * 1000)}m")
+                    builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
+                    builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
+                    builder = builder.config("spark.sql.shuffle.partitions", "8")
+            session = builder.getOrCreate()
+        self.session = session
+        self._stack = ExitStack()
+        # Times are UTC whatever the cluster's zone, and a user's own session gets its settings back.
+        self._stack.enter_context(_settings(session, {"spark.sql.session.timeZone": "UTC"}))
+        if temp_dir is None:
+            temp_dir = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="notellm2-pairs-"))
+        self._temp_dir = f"{temp_dir.rstrip('/')}/{_new_name()}"
+        self.backend = ibis.pyspark.connect(session)
+
+    def read(self, path: str, columns: tuple[str, str, str]) -> ir.Table:
+        from pyspark.errors import AnalysisException
+        from pyspark.sql import functions as F
+
+        kind = _kind_of(path, _spark_files(self.session, path))
+        try:
+            if kind == "parquet":
+                frame = self.session.read.parquet(path)
+            elif kind == "csv":
+                frame = self.session.read.option("mode", "FAILFAST").csv(path, header=True, quote='"', escape='"')
+            else:
+                schema = ", ".join(f"`{name}` STRING" for name in columns)
+                frame = self.session.read.option("mode", "FAILFAST").schema(schema).json(path)
+        except AnalysisException as error:
+            raise ValueError(f"{path}: not readable ({str(error).splitlines()[0]}); repair or convert it.") from error
+        schema = {field.name: field.dataType.simpleString() for field in frame.schema}
+        for name in columns:
+            if name not in schema:
+                raise ValueError(f"{path}: no column {name!r}, only {list(schema)}; say which one it is with an option.")
+        _check_types(path, columns, schema)
+        user, note, time = (F.col(f"`{name}`") for name in columns)
+        in_file = F.col("_metadata.row_index") if kind == "parquet" else F.monotonically_increasing_id()
+        frame = frame.select(
+            user.cast("string").alias("user_id"),
+            note.cast("string").alias("note_id"),
+            time.alias("timestamp"),
+            F.regexp_replace(F.col("_metadata.file_path"), "^file:/*", "/").alias("file"),
+            (F.lit(0).cast("long") if kind == "parquet" else F.col("_metadata.file_block_start")).alias("block"),
+            in_file.alias("position"),
+        )
+        return self._from_frame(frame)
+
+    def _frame(self, expression: ir.Table) -> "DataFrame":
+        return self.session.sql(self.backend.compile(expression))
+
+    def _from_frame(self, frame: "DataFrame") -> ir.Table:
+        name = _new_name()
+        frame.createOrReplaceTempView(name)
+        return self.backend.table(name)
+
+    def from_arrow(self, table: pa.Table) -> ir.Table:
+        path = f"{self._temp_dir}/{_new_name()}"
+        self.session.createDataFrame(table).write.parquet(path)
+        return self._from_frame(self.session.read.parquet(path))
+
+    def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
+        return self._keep_frame(self._frame(expression))
+
+    def _keep_frame(self, frame: "DataFrame") -> ir.Table:
+        path = f"{self._temp_dir}/{_new_name()}"
+        frame.write.parquet(path)
+        return self._from_frame(self.session.read.parquet(path))
+
+    def number(self, ids: ir.Table, column: str, name: str) -> ir.Table:
+        from pyspark.sql import functions as F
+
+        # A sort gives each partition a range of ids, and the numbers rise from partition to partition: no single
+        # machine has to see all ids, as the window function of a row number would want.
+        frame = self._frame(ids).orderBy(column).withColumn(name, F.monotonically_increasing_id())
+        return self._keep_frame(frame)
+
+    def write_folder(self, expression: ir.Table, path: str) -> None:
+        from pyspark.errors import AnalysisException
+
+        try:
+            self._frame(expression).write.parquet(path)
+        except AnalysisException as error:
+            raise ValueError(f"{path}: is there already; remove it or give another path.") from error
+
+    def close(self) -> None:
+        hadoop = self.session._jvm.org.apache.hadoop.fs.Path(self._temp_dir)
+        hadoop.getFileSystem(self.session._jsc.hadoopConfiguration()).delete(hadoop, True)
+        self._stack.close()
+        if self._opened:
+            self.session.stop()
+
+
+def _new_name() -> str:
+    return f"notellm2_{uuid.uuid4().hex}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
+
+
+def _list_files(path: str) -> tuple[fsspec.AbstractFileSystem | None, list[str]]:
+    """The files that `path` stands for, by name, and the file system of a URL (None: this machine's)."""
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{path}: no file system for this URL ({error}).") from error
+    if any(sign in root for sign in "*?["):
+        found = filesystem.glob(root)
+    elif filesystem.isdir(root):
+        found = filesystem.find(root)
+        # As Spark does: what begins with _ or . is no data, such as _SUCCESS.
+        start = len(root.rstrip("/"))
+        found = [name for name in found if not any(part[:1] in "_." for part in name[start:].split("/") if part)]
+    else:
+        found = [root] if filesystem.exists(root) else []
+    if not found:
+        raise FileNotFoundError(f"{path}: no such file or folder, or nothing in it; give files in {_KINDS_HELP}.")
+    found = sorted(found)
+    if "file" in _protocols(filesystem):
+        return None, found
+    return filesystem, [filesystem.unstrip_protocol(name) for name in found]
+
+
+def _spark_files(session: "SparkSession", path: str) -> list[str]:
+    """The files that `path` stands for, as Spark's own file systems list them."""
+    frame = session.read.format("binaryFile").option("recursiveFileLookup", "true")
+    from pyspark.errors import AnalysisException
+
+    try:
+        return list(frame.load(path).inputFiles())
+    except AnalysisException as error:
+        raise FileNotFoundError(f"{path}: no such file or folder; give files in {_KINDS_HELP}.") from error
+
+
+def _kind_of(path: str, files: list[str]) -> str:
+    kinds = set()
+    for name in files:
+        plain = name.removesuffix(".gz")
+        kind = next((kind for kind, endings in _KINDS.items() if plain.endswith(endings)), None)
+        if kind is None:
+            raise ValueError(f"{path}: {name} is of an unknown kind; give files in {_KINDS_HELP}.")
+        kinds.add(kind)
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}); give one kind.")
+    return kinds.pop()
+
+
+def _check_types(path: str, columns: tuple[str, str, str], schema: dict[str, str]) -> None:
+    """Refuses ids that are no texts or integers, and times that are no texts, integers or timestamps."""
+    for place, name in enumerate(columns):
+        kind = schema[name].lower()
+        text_or_integer = kind.endswith("int") or kind in ("varchar", "string", "integer", "ubigint", "uinteger")
+        is_time = place == 2 and (kind.startswith("timestamp") or kind == "date")
+        if not (text_or_integer or is_time):
+            wanted = "integers, ISO 8601 texts or timestamps" if place == 2 else "texts or integers"
+            raise ValueError(f"{path}: column {name!r} is {schema[name]}; give {wanted}.")
+
+
+@contextmanager
+def _settings(session: "SparkSession", wanted: dict[str, str]) -> Iterator[None]:
+    before = {name: session.conf.get(name, None) for name in wanted}
+    for name, value in wanted.items():
+        session.conf.set(name, value)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            session.conf.unset(name) if old is None else session.conf.set(name, old)
+
+
+__all__ = ["DuckDBEngine", "Engine", "EngineName", "SparkEngine", "connect"]
