@@ -224,7 +224,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-encoder", metavar="PATH", help="sentence-transformers model of *-text and head-both")
     parser.add_argument("--vision", metavar="PATH", help="vision tower of *-image and head-both")
     parser.add_argument(
-        "--train", type=Path, metavar="DIR", help="folder with notes.parquet and pairs.parquet that head-* train on"
+        "--train",
+        type=Path,
+        metavar="DIR",
+        help="folder with notes.arrow and pairs.parquet, as pairs.split writes it, that head-* train on",
     )
     parser.add_argument("--validation", type=Path, metavar="DIR", help="likewise, to choose the best step of head-*")
     parser.add_argument("--batch-size", type=int, default=32, help="notes encoded at once")
@@ -241,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("nothing to evaluate: give --model or --baselines")
     try:
         folders = [
-            load_notes_and_related(folder / "notes.parquet", folder / "pairs.parquet") if folder is not None else None
+            load_notes_and_related(folder / "notes.arrow", folder / "pairs.parquet") if folder is not None else None
             for folder in (options.train, options.validation)
         ]
         split = load_notes_and_related(options.notes, options.pairs)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pyarrow as pa
 from datasets import Dataset
@@ -65,7 +65,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `opened_engine` reads."""
     group = parser.add_argument_group("where it is computed")
     group.add_argument("--engine", choices=get_args(EngineName), default="duckdb", help="duckdb: in this process")
-    group.add_argument("--spark-master", help="where Spark runs, such as local[8] or yarn (default: as it is configured)")
+    group.add_argument("--spark-master", help="where Spark runs, such as local[8] or yarn (default: as configured)")
     group.add_argument(
         "--memory-gb", type=float, default=4.0, help="memory for tables; what is beyond goes to disk (not on a cluster)"
     )
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--notes", help="table of notes: build pairs of these only, views of others being unknown_note")
     parser.add_argument(
-        "--output", required=True, help="pairs to write: .parquet, .csv or .jsonl, or else a new folder of Parquet files"
+        "--output", required=True, help="pairs to write: .parquet, .csv or .jsonl, or a new folder of Parquet files"
     )
     parser.add_argument("--offenders", help="write the rows that broke a rule here, with file and row (.parquet, …)")
     add_options(parser, PairOptions, "what makes two notes related")

@@ -9,12 +9,15 @@ between the two is here; what makes two notes related (`pairs.query`) and a view
         ...
 """
 
+import csv
+import io
 import math
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -36,6 +39,10 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
 }
 _KINDS_HELP = ".csv, .jsonl or .parquet (the first two also with .gz)"
+
+
+# What columns of our own are called beside those of a log.
+_FILE, _CORRUPT = "notellm2_file", "notellm2_corrupt"
 
 
 class Engine(ABC):
@@ -65,7 +72,8 @@ class Engine(ABC):
 
         Raises:
             FileNotFoundError: nothing is there.
-            ValueError: a kind of file that is not known, a missing column, a column of a wrong type.
+            ValueError: a kind of file that is not known, a missing column, a column of a wrong type, CSV files with
+                other headers than the first, a row that cannot be parsed.
         """
 
     @abstractmethod
@@ -139,7 +147,7 @@ def connect(
 
     Raises:
         ValueError: another engine, memory_gb not above 0, or Spark's settings without Spark.
-        ImportError: Spark is not installed.
+        ImportError: Spark or its Java are not installed.
     """
     if engine not in get_args(EngineName):
         raise ValueError(f"engine={engine!r}: use one of {get_args(EngineName)}.")
@@ -175,29 +183,31 @@ class DuckDBEngine(Engine):
     def read(self, path: str, columns: tuple[str, str, str]) -> ir.Table:
         filesystem, files = _list_files(path)
         kind = _kind_of(path, files)
-        if filesystem is not None:
+        if "file" not in _protocols(filesystem):
             self.backend.register_filesystem(filesystem)
         names = "[" + ", ".join(map(_quoted, files)) + "]"
-        options = "filename = true, union_by_name = true, hive_partitioning = true"
+        options = f"filename = '{_FILE}', hive_partitioning = true"
+        position, there = "row_number() OVER ()", list(columns)
         if kind == "parquet":
-            source, position = f"read_parquet({names}, {options}, file_row_number = true)", "file_row_number"
+            source = f"read_parquet({names}, {options}, union_by_name = true, file_row_number = true)"
+            position = "file_row_number"
         elif kind == "csv":
-            dialect = "header = true, all_varchar = true, delim = ',', quote = '\"', escape = '\"'"
-            source, position = f"read_csv({names}, {options}, {dialect})", "row_number() OVER ()"
+            # All is said, as what DuckDB guesses may skip the header or a row.
+            there = _csv_header(path, filesystem, files, columns)
+            # Only the columns that are wanted need names of their own: others may have none, or one for several.
+            given = {name if name in columns else f"unused {place}": "VARCHAR" for place, name in enumerate(there)}
+            dialect = "auto_detect = false, header = true, skip = 0, delim = ',', quote = '\"', escape = '\"'"
+            source = f"read_csv({names}, {options}, {dialect}, columns = {_struct(given)})"
         else:
-            types = "{" + ", ".join(f"{_quoted(name)}: 'VARCHAR'" for name in columns) + "}"
-            given = f"columns = {types}, format = 'newline_delimited'"
-            source = f"read_json({names}, filename = true, hive_partitioning = true, {given})"
-            position = "row_number() OVER ()"
+            given = dict.fromkeys(columns, "VARCHAR")
+            source = f"read_json({names}, {options}, format = 'newline_delimited', columns = {_struct(given)})"
         schema = dict(self._sql(f"DESCRIBE SELECT * FROM {source}", path, rows=True))
-        for name in columns:
-            if name not in schema:
-                shown = [name for name in schema if name not in ("filename", "file_row_number")]
-                raise ValueError(f"{path}: no column {name!r}, only {shown}; say which one it is with an option.")
-        _check_types(path, columns, schema)
+        if kind == "parquet":
+            there = [name for name in schema if name not in (_FILE, "file_row_number")]
+        _check_columns(path, columns, schema, there)
         user, note, time = ('"' + name.replace('"', '""') + '"' for name in columns)
         query = (
-            f"SELECT {user}::VARCHAR AS user_id, {note}::VARCHAR AS note_id, {time} AS timestamp, filename AS file, "
+            f"SELECT {user}::VARCHAR AS user_id, {note}::VARCHAR AS note_id, {time} AS timestamp, {_FILE} AS file, "
             f"0::BIGINT AS block, ({position})::BIGINT AS position FROM {source}"
         )
         if kind == "parquet":  # columns apart, it is read as often as it is needed
@@ -214,20 +224,20 @@ class DuckDBEngine(Engine):
             cursor = self.backend.raw_sql(query)
             return [row[:2] for row in cursor.fetchall()] if rows else []
         except duckdb.Error as error:
-            # DuckDB names the file and the line; of its long text the rest is about options that are ours.
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ValueError(f"{path}: not readable ({' '.join(lines[:3])}); repair or convert it.") from error
+            raise ValueError(f"{path}: not readable ({_gist(error)}); repair or convert it.") from error
 
     def from_arrow(self, table: pa.Table) -> ir.Table:
         return self.backend.create_table(_new_name(), table)
 
     def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
-        # A hash join of rows that lie as their keys do is four times as fast: the processor's cache holds what it needs.
+        # A hash join of rows that lie as their keys do is four times as fast: the processor's cache holds what it
+        # needs.
         ordered = expression if cluster_by is None else expression.order_by(cluster_by)
         return self.backend.create_table(_new_name(), ordered)
 
     def parts_of(self, encounters: int) -> int:
-        # Measured on a power law of popularity: a fifth as many pairs as encounters, 40 to 80 bytes each in a hash table.
+        # Measured on a power law of popularity: a fifth as many pairs as encounters, 40 to 80 bytes each in a hash
+        # table.
         return max(1, math.ceil(encounters * 16 / (self._memory_gb * 0.5e9)))
 
     def number(self, ids: ir.Table, column: str, name: str) -> ir.Table:
@@ -266,61 +276,78 @@ class SparkEngine(Engine):
             from pyspark.sql import SparkSession
         except ImportError as error:
             raise ImportError(
-                "engine='spark' needs PySpark and Java 17: pip install 'notellm2[spark]', or -e '.[spark]' in a checkout."
+                "engine='spark' needs PySpark 4 and Java 17: pip install 'notellm2[spark]', or -e '.[spark]' in a "
+                "checkout."
             ) from error
-        self._opened = session is None
         self.show_progress = show_progress
-        if session is None:
-            builder = SparkSession.builder.appName("notellm2-pairs")
-            builder = builder.config("spark.ui.showConsoleProgress", str(show_progress).lower())
-            if master is not None:
-                builder = builder.master(master)
-                if master.startswith("local"):  # everything runs in the driver, and a shuffle need not be wide
-                    builder = builder.config("spark.driver.memory", f"{int(memory_gb * 1000)}m")
-                    builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
-                    builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
-                    builder = builder.config("spark.sql.shuffle.partitions", "8")
-            session = builder.getOrCreate()
-        self.session = session
+        running = SparkSession.getActiveSession() if session is None else session
+        self._opened = running is None
+        if running is None:
+            running = _new_session(master, memory_gb, show_progress)
+        elif master is not None and master != running.conf.get("spark.master", None):
+            raise ValueError(
+                f"spark_master={master!r}: a session on {running.conf.get('spark.master', None)!r} is open in this "
+                "process; stop it, or leave spark_master out to use it."
+            )
+        self.session = running
         self._stack = ExitStack()
-        # Times are UTC whatever the cluster's zone, and a user's own session gets its settings back.
-        self._stack.enter_context(_settings(session, {"spark.sql.session.timeZone": "UTC"}))
+        # A user's own session gets its settings back. Times are UTC whatever the cluster's zone.
+        wanted = {
+            "spark.sql.session.timeZone": "UTC",
+            "spark.sql.mapKeyDedupPolicy": "LAST_WIN",
+        }  # Ibis sets the latter
+        self._stack.enter_context(_settings(self.session, wanted))
         if temp_dir is None:
             temp_dir = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="notellm2-pairs-"))
         self._temp_dir = f"{temp_dir.rstrip('/')}/{_new_name()}"
-        self.backend = ibis.pyspark.connect(session)
+        self._views: list[str] = []
+        self.backend = ibis.pyspark.connect(self.session)
 
     def read(self, path: str, columns: tuple[str, str, str]) -> ir.Table:
-        from pyspark.errors import AnalysisException
         from pyspark.sql import functions as F
 
-        kind = _kind_of(path, _spark_files(self.session, path))
-        try:
+        files = _spark_files(self.session, path)
+        kind = _kind_of(path, files)
+        with _spark_errors(path):
+            reader = self.session.read.option("columnNameOfCorruptRecord", _CORRUPT)
             if kind == "parquet":
-                frame = self.session.read.parquet(path)
+                frame = reader.parquet(path)
             elif kind == "csv":
-                frame = self.session.read.option("mode", "FAILFAST").csv(path, header=True, quote='"', escape='"')
+                # Several files are only read where their headers are alike.
+                reader = reader.options(header=True, quote='"', escape='"', enforceSchema=len(files) == 1)
+                frame = reader.csv(path)
+                if frame.columns:
+                    frame = reader.schema(frame.schema.add(_CORRUPT, "string")).csv(path)
             else:
-                schema = ", ".join(f"`{name}` STRING" for name in columns)
-                frame = self.session.read.option("mode", "FAILFAST").schema(schema).json(path)
-        except AnalysisException as error:
-            raise ValueError(f"{path}: not readable ({str(error).splitlines()[0]}); repair or convert it.") from error
-        schema = {field.name: field.dataType.simpleString() for field in frame.schema}
-        for name in columns:
-            if name not in schema:
-                raise ValueError(f"{path}: no column {name!r}, only {list(schema)}; say which one it is with an option.")
-        _check_types(path, columns, schema)
+                frame = reader.schema(", ".join(f"`{name}` STRING" for name in (*columns, _CORRUPT))).json(path)
+        schema = {field.name: field.dataType.simpleString() for field in frame.schema if field.name != _CORRUPT}
+        _check_columns(path, columns, schema, list(schema))
         user, note, time = (F.col(f"`{name}`") for name in columns)
-        in_file = F.col("_metadata.row_index") if kind == "parquet" else F.monotonically_increasing_id()
-        frame = frame.select(
-            user.cast("string").alias("user_id"),
-            note.cast("string").alias("note_id"),
-            time.alias("timestamp"),
-            F.regexp_replace(F.col("_metadata.file_path"), "^file:/*", "/").alias("file"),
-            (F.lit(0).cast("long") if kind == "parquet" else F.col("_metadata.file_block_start")).alias("block"),
-            in_file.alias("position"),
-        )
-        return self._from_frame(frame)
+        # Spark spells a path as a URL.
+        file = F.url_decode(F.replace(F.col("_metadata.file_path"), F.lit("+"), F.lit("%2B")))
+        place = {
+            "file": F.regexp_replace(file, "^file:/*", "/"),
+            "block": F.lit(0).cast("long") if kind == "parquet" else F.col("_metadata.file_block_start"),
+            "position": F.col("_metadata.row_index") if kind == "parquet" else F.monotonically_increasing_id(),
+        }
+        views = {"user_id": user.cast("string"), "note_id": note.cast("string"), "timestamp": time, **place}
+        chosen = [column.alias(name) for name, column in views.items()]
+        if kind == "parquet":  # columns apart, it is read as often as it is needed
+            return self._from_frame(frame.select(chosen))
+        # A text is parsed once.
+        with _spark_errors(path):
+            parsed = self._store(frame.select(*chosen, F.col(_CORRUPT)))
+        corrupt = parsed.filter(F.col(_CORRUPT).isNotNull()).orderBy("file", "block", "position").limit(1).collect()
+        if corrupt:
+            earlier = (F.col("file") == corrupt[0].file) & (
+                F.struct("block", "position") < F.struct(F.lit(corrupt[0].block), F.lit(corrupt[0].position))
+            )
+            row = parsed.filter(earlier).count() + 1
+            raise ValueError(
+                f"{path}: not readable ({corrupt[0].file}, row {row}: {corrupt[0][_CORRUPT].strip()[:300]!r}); "
+                "repair or convert it."
+            )
+        return self._from_frame(parsed.drop(_CORRUPT))
 
     def _frame(self, expression: ir.Table) -> "DataFrame":
         return self.session.sql(self.backend.compile(expression))
@@ -328,20 +355,23 @@ class SparkEngine(Engine):
     def _from_frame(self, frame: "DataFrame") -> ir.Table:
         name = _new_name()
         frame.createOrReplaceTempView(name)
+        self._views.append(name)
         return self.backend.table(name)
 
-    def from_arrow(self, table: pa.Table) -> ir.Table:
-        path = f"{self._temp_dir}/{_new_name()}"
-        self.session.createDataFrame(table).write.parquet(path)
-        return self._from_frame(self.session.read.parquet(path))
-
-    def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
-        return self._keep_frame(self._frame(expression))
-
-    def _keep_frame(self, frame: "DataFrame") -> ir.Table:
+    def _store(self, frame: "DataFrame") -> "DataFrame":
         path = f"{self._temp_dir}/{_new_name()}"
         frame.write.parquet(path)
-        return self._from_frame(self.session.read.parquet(path))
+        return self.session.read.parquet(path)
+
+    def from_arrow(self, table: pa.Table) -> ir.Table:
+        return self._from_frame(self._store(self.session.createDataFrame(table)))
+
+    def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
+        return self._from_frame(self._store(self._frame(expression)))
+
+    def fetch(self, expression: ir.Table) -> pa.Table:
+        # Ibis would go through pandas, which takes more memory and makes floating-point numbers of integers with nulls.
+        return self._frame(expression).toArrow().cast(expression.schema().to_pyarrow())
 
     def number(self, ids: ir.Table, column: str, name: str) -> ir.Table:
         from pyspark.sql import functions as F
@@ -349,7 +379,7 @@ class SparkEngine(Engine):
         # A sort gives each partition a range of ids, and the numbers rise from partition to partition: no single
         # machine has to see all ids, as the window function of a row number would want.
         frame = self._frame(ids).orderBy(column).withColumn(name, F.monotonically_increasing_id())
-        return self._keep_frame(frame)
+        return self._from_frame(self._store(frame))
 
     def write_folder(self, expression: ir.Table, path: str) -> None:
         from pyspark.errors import AnalysisException
@@ -360,11 +390,34 @@ class SparkEngine(Engine):
             raise ValueError(f"{path}: is there already; remove it or give another path.") from error
 
     def close(self) -> None:
+        for name in self._views:
+            self.session.catalog.dropTempView(name)
         hadoop = self.session._jvm.org.apache.hadoop.fs.Path(self._temp_dir)
         hadoop.getFileSystem(self.session._jsc.hadoopConfiguration()).delete(hadoop, True)
         self._stack.close()
         if self._opened:
             self.session.stop()
+
+
+def _new_session(master: str | None, memory_gb: float, show_progress: bool) -> "SparkSession":
+    from pyspark.errors import PySparkRuntimeError
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder.appName("notellm2-pairs")
+    builder = builder.config("spark.ui.showConsoleProgress", str(show_progress).lower())
+    if master is not None:
+        builder = builder.master(master)
+        if master.startswith("local"):  # everything runs in the driver, and a shuffle need not be wide
+            builder = builder.config("spark.driver.memory", f"{int(memory_gb * 1000)}m")
+            builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
+            builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
+            builder = builder.config("spark.sql.shuffle.partitions", "8")
+    try:
+        return builder.getOrCreate()
+    except PySparkRuntimeError as error:
+        raise ImportError(
+            f"engine='spark': Spark does not start ({str(error).splitlines()[0]}); it needs Java 17, see JAVA_HOME."
+        ) from error
 
 
 def _new_name() -> str:
@@ -375,17 +428,21 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def _struct(values: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{_quoted(name)}: {_quoted(value)}" for name, value in values.items()) + "}"
+
+
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
 
 
-def _list_files(path: str) -> tuple[fsspec.AbstractFileSystem | None, list[str]]:
-    """The files that `path` stands for, by name, and the file system of a URL (None: this machine's)."""
+def _list_files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
+    """The files that `path` stands for, by name; as URLs where they are not on this machine."""
     try:
         filesystem, root = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path}: no file system for this URL ({error}).") from error
-    if any(sign in root for sign in "*?["):
+    if any(sign in root for sign in "*?[") and not filesystem.exists(root):
         found = filesystem.glob(root)
     elif filesystem.isdir(root):
         found = filesystem.find(root)
@@ -395,22 +452,73 @@ def _list_files(path: str) -> tuple[fsspec.AbstractFileSystem | None, list[str]]
     else:
         found = [root] if filesystem.exists(root) else []
     if not found:
-        raise FileNotFoundError(f"{path}: no such file or folder, or nothing in it; give files in {_KINDS_HELP}.")
+        raise _nothing_at(path)
     found = sorted(found)
-    if "file" in _protocols(filesystem):
-        return None, found
-    return filesystem, [filesystem.unstrip_protocol(name) for name in found]
+    return filesystem, found if "file" in _protocols(filesystem) else list(map(filesystem.unstrip_protocol, found))
+
+
+def _nothing_at(path: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{path}: no such file or folder, or nothing in it; give files in {_KINDS_HELP}.")
+
+
+def _csv_header(
+    path: str, filesystem: fsspec.AbstractFileSystem, files: list[str], columns: tuple[str, str, str]
+) -> list[str]:
+    """The header that all CSV files share; files of no bytes have none."""
+    header: list[str] = []
+    first = ""
+    for name in files:
+        with filesystem.open(name, compression="infer") as raw:
+            line = next(csv.reader(io.TextIOWrapper(raw, "utf-8-sig", errors="replace", newline="")), None)
+        if line is None:
+            continue
+        if first and line != header:
+            raise ValueError(f"{path}: the header of {name} is {line}, that of {first} {header}; write all alike.")
+        header, first = line, name
+    for wanted in columns:
+        if header.count(wanted) > 1:
+            raise ValueError(f"{path}: several columns {wanted!r} in {header}; rename all but one.")
+    return header
+
+
+def _gist(error: duckdb.Error) -> str:
+    """What DuckDB says of a file and a line in it; the rest of its long text is about options that are ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    files = [line for line in lines if line.startswith("file = ")]
+    said = list(takewhile(lambda line: not line.startswith(("Possible", "Try setting")), lines))
+    return "; ".join(line[:300] for line in [*said[:2], *said[2:][-1:], *files])
 
 
 def _spark_files(session: "SparkSession", path: str) -> list[str]:
     """The files that `path` stands for, as Spark's own file systems list them."""
-    frame = session.read.format("binaryFile").option("recursiveFileLookup", "true")
     from pyspark.errors import AnalysisException
 
+    frame = session.read.format("binaryFile").option("recursiveFileLookup", "true")
     try:
-        return list(frame.load(path).inputFiles())
-    except AnalysisException as error:
-        raise FileNotFoundError(f"{path}: no such file or folder; give files in {_KINDS_HELP}.") from error
+        with _spark_errors(path):
+            files = list(frame.load(path).inputFiles())
+    except ValueError as error:
+        if isinstance(error.__cause__, AnalysisException):
+            raise _nothing_at(path) from error
+        raise
+    if not files:
+        raise _nothing_at(path)
+    return files
+
+
+@contextmanager
+def _spark_errors(path: str) -> Iterator[None]:
+    """Makes one line about `path` of the errors that come from a JVM with its stack."""
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        causes = [line for line in lines if line.startswith(("Caused by:", ": "))]
+        said = "; ".join(line[:300] for line in [*lines[:1], *causes[-1:]])
+        raise ValueError(f"{path}: not readable ({said}); repair or convert it.") from error
 
 
 def _kind_of(path: str, files: list[str]) -> str:
@@ -426,9 +534,18 @@ def _kind_of(path: str, files: list[str]) -> str:
     return kinds.pop()
 
 
-def _check_types(path: str, columns: tuple[str, str, str], schema: dict[str, str]) -> None:
-    """Refuses ids that are no texts or integers, and times that are no texts, integers or timestamps."""
+def _check_columns(path: str, columns: tuple[str, str, str], schema: dict[str, str], there: list[str]) -> None:
+    """Refuses missing columns, ids that are no texts or integers, and times that are no texts, integers or timestamps.
+
+    Args:
+        path: what errors name.
+        columns: the columns that are wanted.
+        schema: the type of every column, as the engine calls it.
+        there: the columns to name where one is missing.
+    """
     for place, name in enumerate(columns):
+        if name not in schema:
+            raise ValueError(f"{path}: no column {name!r}, only {there}; say which one it is with an option.")
         kind = schema[name].lower()
         text_or_integer = kind.endswith("int") or kind in ("varchar", "string", "integer", "ubigint", "uinteger")
         is_time = place == 2 and (kind.startswith("timestamp") or kind == "date")

@@ -1,4 +1,4 @@
-"""Table files: CSV, JSON lines and Parquet in, the same three out.
+"""Table files: CSV, JSON lines, Parquet and Arrow in, the same out.
 
 Every table is a `datasets.Dataset`, that is, an Arrow table. Ids are text: "007" in a CSV file must not become 7, so a
 caller names the columns to be read as text and only the others have their types inferred. A file is written beside its
@@ -8,7 +8,7 @@ final place and then renamed, so that a reader never sees half of it.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
     """Reads one table.
 
     Args:
-        path: a .csv, .jsonl or .parquet file; a folder written by `Dataset.save_to_disk`; or any other folder or Hub
-            id that `datasets.load_dataset` takes and that holds one split.
+        path: a .csv, .jsonl, .parquet or .arrow file (an Arrow stream, whose rows stay on disk until they are asked
+            for, so that it may be larger than memory); a folder written by `Dataset.save_to_disk`; or any other folder
+            or Hub id that `datasets.load_dataset` takes and that holds one split.
         text_columns: columns of a CSV or JSON lines file to read as text instead of inferring their type.
 
     Raises:
@@ -55,7 +56,7 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
                 f"{path}: neither a table on this machine nor a data set that the Hub gives ({error})."
             ) from error
     else:
-        raise FileNotFoundError(f"{path}: no such file or folder; give a .csv, .jsonl or .parquet file.")
+        raise FileNotFoundError(f"{path}: no such file or folder; give a .csv, .jsonl, .parquet or .arrow file.")
     if isinstance(loaded, DatasetDict):
         if len(loaded) != 1:
             raise ValueError(f"{path}: holds the splits {sorted(loaded)}; save the one you need as a Parquet file.")
@@ -63,8 +64,14 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
     return loaded
 
 
-def write_file(table: pa.Table, path: str | Path) -> None:
-    """Writes `table` as .parquet, .csv or .jsonl, by the ending of `path`; folders are made, an old file is replaced.
+def write_file(batches: Iterator[pa.Table], schema: pa.Schema, path: str | Path) -> None:
+    """Writes a table as .parquet, .csv, .jsonl or .arrow, by the ending of `path`; folders are made, an old file is
+    replaced.
+
+    Args:
+        batches: its rows, one or several tables of `schema`, of which one is in memory at a time.
+        schema: its columns.
+        path: where to.
 
     Raises:
         ValueError: the ending is another one, or a column cannot be said in this kind of file (lists in CSV, bytes in
@@ -77,7 +84,7 @@ def write_file(table: pa.Table, path: str | Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
-        _WRITERS[target.suffix](table, Path(temporary))
+        _WRITERS[target.suffix](batches, schema, Path(temporary))
         umask = os.umask(0)  # mkstemp makes files that only their owner can read; a table is an ordinary file
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -132,35 +139,52 @@ def _read_parquet(path: Path, text_columns: Collection[str]) -> pa.Table:
     return pq.read_table(path, memory_map=True)  # a Parquet file states its types
 
 
-def _write_csv(table: pa.Table, path: Path) -> None:
-    for field in table.schema:
+def _read_arrow(path: Path, text_columns: Collection[str]) -> pa.Table:
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()  # of the file, not of memory
+
+
+def _write_csv(batches: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
+    for field in schema:
         if pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
             raise ValueError(f"column {field.name!r} ({field.type}) cannot be written as CSV; use .jsonl or .parquet.")
-    pa_csv.write_csv(table, path)
+    with pa_csv.CSVWriter(path, schema) as writer:
+        for table in batches:
+            writer.write_table(table)
 
 
-def _write_jsonl(table: pa.Table, path: Path) -> None:
+def _write_jsonl(batches: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
     with path.open("w", encoding="utf-8") as lines:
-        for batch in table.to_batches(max_chunksize=1000):
-            for row in batch.to_pylist():
-                try:
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-                except TypeError as error:
-                    raise ValueError(f"a row cannot be written as JSON ({error}); use .parquet.") from error
+        for table in batches:
+            for batch in table.to_batches(max_chunksize=1000):
+                for row in batch.to_pylist():
+                    try:
+                        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    except TypeError as error:
+                        raise ValueError(f"a row cannot be written as JSON ({error}); use .parquet.") from error
 
 
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    pq.write_table(table, path)
+def _write_parquet(batches: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
+    with pq.ParquetWriter(path, schema) as writer:
+        for table in batches:
+            writer.write_table(table)
+
+
+def _write_arrow(batches: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        for table in batches:
+            writer.write_table(table)
 
 
 _READERS: dict[str, Callable[[Path, Collection[str]], pa.Table]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }
-_WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
+_WRITERS: dict[str, Callable[[Iterator[pa.Table], pa.Schema, Path], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,
+    ".arrow": _write_arrow,
 }
 WRITABLE = tuple(_WRITERS)

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from pairs.files import read_table, to_arrow
-from pairs.tables import NOTE_COLUMNS, views_of, write_table
+from pairs.tables import NOTE_COLUMNS, write_table
 
 # What was missing or left out, and how the command says it.
 COUNTS: dict[str, str] = {
@@ -133,8 +133,12 @@ def _read_views(path: str | Path) -> Dataset:
             f"{path}, row {too_small + 1}: 'timestamp' {times[too_small]} is before 1973 in milliseconds; MicroLens has"
             " milliseconds since 1970: multiply seconds by 1000."
         )
-    seconds = pc.divide(times, _MILLISECONDS)
-    return views_of(pa.table({"user_id": table["user"], "note_id": table["item"], "timestamp": seconds}), path)
+    for name in ("user", "item"):
+        empty = pc.index(pc.or_kleene(pc.is_null(table[name]), pc.equal(table[name], "")), True).as_py()
+        if empty >= 0:
+            raise ValueError(f"{path}, row {empty + 1}: {name!r} is empty; give it, or remove the row.")
+    columns = {name: table[column].cast(pa.string()) for name, column in (("user_id", "user"), ("note_id", "item"))}
+    return Dataset(pa.table({**columns, "timestamp": pc.divide(times, _MILLISECONDS)}))
 
 
 def _read_titles(path: str | Path) -> tuple[dict[str, str], int]:

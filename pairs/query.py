@@ -6,9 +6,9 @@
 3. A note stays related to at most `max_as_related` other notes, where it scores best.
 4. Of every a the `top_k` best b are kept, best first; equal scores go by count, then by id.
 
-Two things make engines agree to the last bit. Ids are numbers in the order of the ids, so that ties break alike. Sums of
-fractions are taken over integers, a whole being `WHOLE`: an engine adds in whatever order it likes, and floating-point
-sums would then differ in their last digits and rank ties at random.
+Two things make engines agree to the last bit. Ids are numbers in the order of the ids, so that ties break alike. Sums
+of fractions are taken over integers, a whole being `WHOLE`: an engine adds in whatever order it likes, and
+floating-point sums would then differ in their last digits and rank ties at random.
 """
 
 from collections.abc import Callable
@@ -42,11 +42,11 @@ class PairOptions:
     - `inverse_activity`: Σ 1 / N_u over the users who saw it, N_u the number of notes that u viewed (NoteLLM, Zhang et
       al., arXiv 2403.01744): who views everything says little. Each 1 / N_u is rounded down to 2^-32.
     - `cosine`: count / sqrt(users_a · users_b), Ochiai's coefficient: popular notes do not win everywhere.
-    - `lift`: count · U / (users_a · users_b). Its logarithm is the pointwise mutual information (Church and Hanks, 1990),
-      which ranks alike. It favours what hardly anyone viewed: give it a floor (`min_count` of 3 or more).
-    - `swing`: Σ w_u · w_v / (1 + |I_u ∩ I_v|) over the unordered pairs {u, v} of users who saw (a, b), w_u = 1 / sqrt(N_u),
-      I_u the notes that u viewed (Yang et al., arXiv 2010.05525, with α = 1): users who have little else in common say
-      more. A pair that one user saw scores 0. Each term is rounded down to 2^-32.
+    - `lift`: count · U / (users_a · users_b). Its logarithm is the pointwise mutual information (Church and Hanks,
+      1990), which ranks alike. It favours what hardly anyone viewed: give it a floor (`min_count` of 3 or more).
+    - `swing`: Σ w_u · w_v / (1 + |I_u ∩ I_v|) over the unordered pairs {u, v} of users who saw (a, b), where w_u is
+      1 / sqrt(N_u) and I_u the notes that u viewed (Yang et al., arXiv 2010.05525, with α = 1): users who have little
+      else in common say more. A pair that one user saw scores 0. Each term is rounded down to 2^-32.
     """
 
     window_days: float = field(
@@ -75,7 +75,9 @@ class PairOptions:
     )
     max_swing_users: int = field(
         default=200,
-        metadata={"help": "swing: look at the so many least active users of a pair, as its cost grows with their square"},
+        metadata={
+            "help": "swing: look at the so many least active users of a pair, as its cost grows with their square"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -312,7 +314,7 @@ def _pair_up(left: ir.Table, right: ir.Table, options: PairOptions, columns: lis
 def _seen_visit_by_visit(
     spans: ir.Table, visits: ir.Table, options: PairOptions, columns: list[str], engine: Engine
 ) -> ir.Table:
-    """The pairs that first and last visits leave open, looked at visit by visit: few, as most visits are the only one."""
+    """The pairs that first and last visits leave open, looked at visit by visit: few, as most visits are the only."""
     often, seldom = spans.filter(_.times > 2), spans.filter(_.times <= 2)
     opened = _pair_up(often, spans, options, columns, sure=False)
     opened = engine.keep(opened.union(_pair_up(seldom, often, options, columns, sure=False)))

@@ -95,7 +95,7 @@ class World:
     views: Dataset
 
     def write(self, directory: str | Path) -> None:
-        """Writes notes.jsonl, views.csv and images/*.png into `directory`, for `load_notes` and `load_views`."""
+        """Writes notes.jsonl, views.csv and images/*.png into `directory`, for `load_notes` and `read_views`."""
         folder = Path(directory)
         (folder / "images").mkdir(parents=True, exist_ok=True)
         files = zip(self.notes["image"], self.pictures, strict=True)

@@ -1,10 +1,14 @@
-"""Notes split into train, validation and test, such that no test note is seen in training.
+"""Notes and pairs split into train, validation and test, such that training sees nothing of what is tested.
 
-The notes are split, not the pairs: a pair belongs to a split if both its notes do, and its related notes are chosen
-among the notes of that split. Pairs that cross the cut are in none; they are counted.
+By note: each note is in one split; a split's pairs are those between its notes, its related notes chosen among them.
+By time: a split's pairs are those that users saw within its period, test being the last days; all notes are in every
+split, and pairs that training has are taken out of the others. By both: new notes in new days. What crosses a cut is in
+no split; it is counted.
 
-    DIR/{train,validation,test}/{notes,pairs}.parquet
-    DIR/splits.json          options, seed and counts; written last
+    DIR/{train,validation,test}/notes.arrow     read from disk as they are asked for, not into memory
+    DIR/{train,validation,test}/pairs.parquet
+    DIR/{validation,test}/subsets.parquet       see pairs.subsets
+    DIR/splits.json                             options and counts; written last
 
     python -m pairs.split --notes notes.csv --views views.csv --output DIR --score cosine --min-count 2
 """
@@ -14,19 +18,28 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import ibis
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from ibis import _
+from ibis.expr import types as ir
 
-from pairs.build import PairOptions, add_pair_arguments, build_pairs, pair_options
+from pairs.build import add_engine_options, add_view_options, opened_engine, parsed_view_options
+from pairs.engines import Engine, connect
 from pairs.files import to_arrow
-from pairs.tables import load_notes, load_pairs, load_views, write_table
+from pairs.options import add_options, parsed_options
+from pairs.query import SECONDS_PER_DAY, PairOptions, ViewLog, count_pairs, name_pairs, rank_pairs, view_log
+from pairs.subsets import pair_subsets
+from pairs.tables import load_notes, load_pairs, write_table
+from pairs.views import ViewOptions, broken_rules_text, read_views
 
 SPLITS = ("train", "validation", "test")
+SplitBy = Literal["note", "time", "both"]
 
 
 class NotesAndPairs(NamedTuple):
@@ -34,6 +47,37 @@ class NotesAndPairs(NamedTuple):
 
     notes: Dataset
     pairs: Dataset
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What is kept for validation and test. Each field's metadata says what it is; the command's --help repeats it."""
+
+    by: SplitBy = field(
+        default="note",
+        metadata={
+            "help": "note: test notes are new; time: test pairs are those of the last days; both: new notes then"
+        },
+    )
+    validation: float = field(default=0.1, metadata={"help": "share of the notes for validation (by note or both)"})
+    test: float = field(default=0.15, metadata={"help": "share of the notes for test (by note or both)"})
+    validation_days: float = field(
+        default=3.0, metadata={"help": "days before those of the test that are for validation (by time or both)"}
+    )
+    test_days: float = field(default=7.0, metadata={"help": "last days of the log, for test (by time or both)"})
+    seed: int = field(default=0, metadata={"help": "another seed gives another split of the notes"})
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(SplitBy):
+            raise ValueError(f"by={self.by!r}: use one of {get_args(SplitBy)}.")
+        for name in ("validation", "test"):
+            share = getattr(self, name)
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}={share}: give a share of the notes, at least 0 and below 1.")
+        for name, lowest in (("validation_days", 0.0), ("test_days", 0.0)):
+            days = getattr(self, name)
+            if not lowest <= days < 100_000:
+                raise ValueError(f"{name}={days}: give a number of days, at least 0.")
 
 
 def split_notes(note_ids: Iterable[str], validation: float, test: float, seed: int) -> dict[str, list[str]]:
@@ -75,67 +119,128 @@ def split_notes(note_ids: Iterable[str], validation: float, test: float, seed: i
 
 def make_splits(
     notes: Dataset,
-    views: Dataset,
+    views: str | Path | Dataset | pa.Table,
     options: PairOptions,
-    *,
-    validation: float,
-    test: float,
-    seed: int,
+    split: SplitOptions,
     output_dir: str | Path,
-    memory_gb: float = 4.0,
-) -> None:
+    *,
+    view_options: ViewOptions | None = None,
+    engine: Engine | None = None,
+) -> str:
     """Writes notes and pairs of every split (see the top of this file) into `output_dir`.
 
     Args:
         notes: a table as from `load_notes`; its rows keep their order within a split.
-        views: a table as from `load_views`; views of other notes count only for how many users it has.
-        options: what makes two notes related.
-        validation: see `split_notes`.
-        test: see `split_notes`.
-        seed: see `split_notes`.
+        views: a path or URL, or a table in memory, with a user's id, a note's id and a time in each row.
+        options: what makes two notes related. By note, users of a note and activity of a user are counted over the
+            views of all notes; by time, over those of the split's period, as the future is not known in training.
+        split: what is kept for validation and test.
         output_dir: made if it is not there; files of an earlier split are replaced.
-        memory_gb: see `build_pairs`.
+        view_options: where `views` has them, and which of them count; None: the defaults.
+        engine: what computes; None: DuckDB with its defaults.
 
-    splits.json holds `pair_options`, `validation`, `test`, `seed`, `counts` (for each split: notes, notes_with_pairs,
-    pairs) and `pairs_across_splits`: of the pairs that the same options give when the notes are not split, how many
-    have their two notes in different splits.
+    Returns:
+        What was read and which rows were dropped, as `broken_rules_text` says it.
+
+    splits.json holds the options, `views` (`rows`, `kept`, and the rows of each rule), `counts` (for each split: notes,
+    notes_with_pairs, pairs), `periods` (by time or both: first second and the one after the last of each split),
+    `pairs_across_splits`: of the pairs that the whole log gives with the same options, how many are in no split because
+    their notes, or the views that made them, lie on two sides of a cut; and `pairs_known_from_training` (by time): how
+    many pairs were taken out of validation and test because training has them, in whichever direction.
 
     Raises:
-        ValueError: see `split_notes`.
+        FileNotFoundError: nothing is at `views`.
+        ValueError: see `split_notes` and `read_views`; periods that leave no views for training.
     """
-    output = Path(output_dir)
-    parts = split_notes(notes["note_id"], validation, test, seed)
+    if engine is None:
+        with connect() as engine:
+            return make_splits(notes, views, options, split, output_dir, view_options=view_options, engine=engine)
+    output, view_options = Path(output_dir), view_options or ViewOptions()
     (output / "splits.json").unlink(missing_ok=True)  # nobody shall load a half-replaced split
-    table_ids = to_arrow(notes)["note_id"]
+    note_ids = to_arrow(notes.select_columns("note_id"))["note_id"]
+    parts = dict.fromkeys(SPLITS, note_ids)
+    if split.by != "time":
+        lists = split_notes(note_ids.to_pylist(), split.validation, split.test, split.seed)
+        parts = {name: pa.array(ids, pa.string()) for name, ids in lists.items()}
+    read = read_views(engine, views, view_options, note_ids.to_pylist())
+    logs, periods = _logs(read.log, split, engine)
+
+    ranked: dict[str, ir.Table] = {}
+    inside: list[ir.Table] = []
+    known = dict.fromkeys(SPLITS[1:], 0)
+    for name in SPLITS:
+        eligible = None
+        if split.by != "time":
+            wanted = engine.from_arrow(pa.table({"note_id": parts[name]}))
+            eligible = read.log.notes.semi_join(wanted, "note_id").select("note")
+        counted = count_pairs(logs[name], options, engine, eligible)
+        inside.append(counted.select("note", "related"))
+        if split.by == "time" and name != "train":
+            trained = ranked["train"].select("note", "related")
+            trained = trained.union(trained.select(note="related", related="note"))
+            new = engine.keep(counted.anti_join(trained, ["note", "related"]))
+            known[name] = _count(engine, counted) - _count(engine, new)
+            counted = new
+        ranked[name] = rank_pairs(counted, logs[name], options, engine)
+    unsplit = rank_pairs(count_pairs(read.log, options, engine), read.log, options, engine)
+    across = _count(engine, unsplit.anti_join(ibis.union(*inside), ["note", "related"]))
+
+    users = engine.fetch(logs["train"].notes.select("note_id", "users"))
     counts: dict[str, dict[str, int]] = {}
-    for name, note_ids in parts.items():
-        inside = pc.is_in(table_ids, value_set=pa.array(note_ids, pa.string()))
-        pairs = build_pairs(views, options, note_ids, memory_gb=memory_gb)
-        write_table(notes.select(pc.indices_nonzero(inside).to_pylist()), output / name / "notes.parquet")
+    for name in SPLITS:
+        own = notes
+        if split.by != "time":
+            own = notes.select(pc.indices_nonzero(pc.is_in(note_ids, value_set=parts[name])).to_pylist())
+        pairs = Dataset(engine.fetch(name_pairs(ranked[name], logs[name])))
+        write_table(own, output / name / "notes.arrow")
         write_table(pairs, output / name / "pairs.parquet")
-        counts[name] = {
-            "notes": len(note_ids),
-            "notes_with_pairs": len(pairs.unique("note_id")),
-            "pairs": len(pairs),
-        }
-    split_of = {note_id: name for name, note_ids in parts.items() for note_id in note_ids}
-    unsplit = build_pairs(views, options, list(split_of), memory_gb=memory_gb)
-    across = sum(
-        split_of[a] != split_of[b] for a, b in zip(unsplit["note_id"], unsplit["related_note_id"], strict=True)
-    )
-    record = {
+        if name != "train":
+            write_table(pair_subsets(pairs, own, users), output / name / "subsets.parquet")
+        counts[name] = {"notes": len(own), "notes_with_pairs": len(pairs.unique("note_id")), "pairs": len(pairs)}
+    record: dict[str, Any] = {
         "pair_options": asdict(options),
-        "validation": validation,
-        "test": test,
-        "seed": seed,
+        "split_options": asdict(split),
+        "view_options": asdict(view_options),
+        "views": {"rows": read.rows, "kept": read.kept, "broken_rules": read.broken},
         "counts": counts,
         "pairs_across_splits": across,
     }
+    if split.by != "note":
+        record["periods"] = periods
+    if split.by == "time":
+        record["pairs_known_from_training"] = known
     (output / "splits.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return broken_rules_text(read, view_options)
+
+
+def _logs(log: ViewLog, split: SplitOptions, engine: Engine) -> tuple[dict[str, ViewLog], dict[str, tuple[int, int]]]:
+    """The views that each split may know, and their periods: first second, and the one after the last."""
+    times = engine.fetch(log.visits.aggregate(first=_.timestamp.min(), last=_.timestamp.max())).to_pylist()[0]
+    begin, end = times["first"], times["last"] + 1
+    if split.by == "note":
+        return dict.fromkeys(SPLITS, log), dict.fromkeys(SPLITS, (begin, end))
+    test = end - int(split.test_days * SECONDS_PER_DAY)
+    validation = test - int(split.validation_days * SECONDS_PER_DAY)
+    if validation <= begin:
+        days = (end - begin) / SECONDS_PER_DAY
+        raise ValueError(
+            f"validation_days={split.validation_days}, test_days={split.test_days}: nothing is left to train on of the "
+            f"{days:.2f} days that the views span; lower them."
+        )
+    periods = {"train": (begin, validation), "validation": (validation, test), "test": (test, end)}
+    logs = {
+        name: view_log(engine.keep(log.visits.filter((_.timestamp >= start) & (_.timestamp < stop))), log.notes, engine)
+        for name, (start, stop) in periods.items()
+    }
+    return logs, periods
+
+
+def _count(engine: Engine, table: ir.Table) -> int:
+    return int(engine.fetch(table.aggregate(count=_.count()))["count"][0].as_py())
 
 
 def load_split(directory: str | Path, name: str) -> NotesAndPairs:
-    """Loads one split that `make_splits` wrote.
+    """Loads one split that `make_splits` wrote. The notes are read from disk when they are asked for.
 
     Args:
         directory: the `output_dir` of `make_splits`.
@@ -150,43 +255,49 @@ def load_split(directory: str | Path, name: str) -> NotesAndPairs:
     folder = Path(directory) / name
     if not (Path(directory) / "splits.json").is_file():
         raise FileNotFoundError(f"{directory}: no splits.json here; write the splits with python -m pairs.split.")
-    return NotesAndPairs(load_notes(folder / "notes.parquet"), load_pairs(folder / "pairs.parquet"))
+    return NotesAndPairs(load_notes(folder / "notes.arrow"), load_pairs(folder / "pairs.parquet"))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     parser = argparse.ArgumentParser(
         prog="python -m pairs.split",
-        description="Split notes into train, validation and test, and build the related pairs of each split.",
+        description="Split notes and views into train, validation and test, and build the related pairs of each.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--notes", required=True, help="table of notes: note_id, title, topics, content, image")
-    parser.add_argument("--views", required=True, help="table of views: user_id, note_id, timestamp")
+    parser.add_argument(
+        "--views", required=True, help="log of views: a file, a pattern, a folder (also day=…/) or a URL such as s3://…"
+    )
     parser.add_argument("--output", required=True, help="folder to write the splits into")
-    parser.add_argument("--validation", type=float, default=0.1, help="share of the notes for validation")
-    parser.add_argument("--test", type=float, default=0.15, help="share of the notes for test")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives another split")
-    add_pair_arguments(parser)
+    add_options(parser, SplitOptions, "what is kept for validation and test")
+    add_options(parser, PairOptions, "what makes two notes related")
+    add_view_options(parser)
+    add_engine_options(parser)
     args = parser.parse_args(argv)
     try:
-        make_splits(
-            load_notes(args.notes),
-            load_views(args.views),
-            pair_options(args),
-            validation=args.validation,
-            test=args.test,
-            seed=args.seed,
-            output_dir=args.output,
-            memory_gb=args.memory_gb,
-        )
-    except (ValueError, FileNotFoundError) as error:
+        options, split = parsed_options(args, PairOptions), parsed_options(args, SplitOptions)
+        with opened_engine(args) as engine:
+            text = make_splits(
+                load_notes(args.notes),
+                args.views,
+                options,
+                split,
+                args.output,
+                view_options=parsed_view_options(args),
+                engine=engine,
+            )
+    except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     record: dict[str, Any] = json.loads((Path(args.output) / "splits.json").read_text(encoding="utf-8"))
+    sys.stdout.write(text + "\n")
     for name, count in record["counts"].items():
         sys.stdout.write(
             f"{name:<10} {count['notes']:>7} notes, {count['notes_with_pairs']:>7} of them with pairs,"
             f" {count['pairs']:>8} pairs\n"
         )
+    for name, count in record.get("pairs_known_from_training", {}).items():
+        sys.stdout.write(f"{count} pairs of {name} are known from training and left out\n")
     sys.stdout.write(f"{record['pairs_across_splits']} pairs cross the cut and are in no split: {args.output}\n")
 
 

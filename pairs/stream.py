@@ -3,9 +3,9 @@
 A note is read when its turn comes, from disk if the table of notes is memory-mapped. In memory are the note ids and a
 buffer of pairs, without their notes:
 
-    load_notes("notes.parquet").save_to_disk("notes")        # once
-    pairs = load_dataset("parquet", data_files="pairs.parquet", split="train", streaming=True)
-    for pair in stream_pairs(load_notes("notes"), pairs, shuffle_buffer=100_000, seed=0):
+    notes = load_notes("splits/train/notes.arrow")           # as pairs.split writes it
+    pairs = load_dataset("parquet", data_files="splits/train/pairs.parquet", split="train", streaming=True)
+    for pair in stream_pairs(notes, pairs, shuffle_buffer=100_000, seed=0):
         pair["note"], pair["related_note"]
 
 Notes that do not even fit once are saved by `Dataset.from_parquet(…).save_to_disk(…)`; their images must then be in the
@@ -27,8 +27,8 @@ def stream_pairs(
     """Streams every row of `pairs`, its two notes joined in, in a random order.
 
     Args:
-        notes: a table with unique `note_id`. What `load_notes` makes of a folder written by `Dataset.save_to_disk` is
-            memory-mapped.
+        notes: a table with unique `note_id`. What `load_notes` makes of an .arrow file or of a folder written by
+            `Dataset.save_to_disk` is memory-mapped.
         pairs: a table with `note_id` and `related_note_id`, or a stream of such rows.
         shuffle_buffer: each next pair is drawn from so many; the larger, the better mixed.
         seed: another seed gives another order, as does `set_epoch` of the returned stream.

@@ -1,7 +1,6 @@
-"""The three tables of this package, each checked and brought to one form when it is loaded.
+"""Notes and pairs, the tables that models see, each checked and brought to one form when it is loaded.
 
 notes   note_id, title, topics, content, image (and whatever else the table holds)
-views   user_id, note_id, timestamp
 pairs   note_id, related_note_id, score, rank
 
 Row numbers in errors count from 1 and leave a CSV header out.
@@ -9,8 +8,7 @@ Row numbers in errors count from 1 and leave a CSV header out.
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +22,16 @@ from pairs.files import read_table, to_arrow, write_file
 
 TEXT_COLUMNS = ("title", "topics", "content")
 NOTE_COLUMNS = ("note_id", *TEXT_COLUMNS, "image")
-VIEW_COLUMNS = ("user_id", "note_id", "timestamp")
 PAIR_COLUMNS = ("note_id", "related_note_id", "score", "rank")
 
-# Seconds reach this in the year 5138; a larger number is a time in milliseconds or finer.
-_MAX_SECONDS = 10**11
+_ROWS_AT_ONCE = 10_000
 
 
 def load_notes(path: str | Path) -> Dataset:
     """Loads notes.
 
-    The rows of a folder written by `Dataset.save_to_disk` stay in its memory-mapped files: notes that are larger than
-    memory can be read one by one from there.
+    The rows of an .arrow file or of a folder written by `Dataset.save_to_disk` stay there: notes that are larger than
+    memory are read one by one.
 
     Args:
         path: what `pairs.files.read_table` takes. Only `note_id` must be there.
@@ -95,40 +91,6 @@ def read_notes(path: str | Path) -> Dataset:
     )
 
 
-def load_views(path: str | Path) -> Dataset:
-    """Loads views: who looked at which note, and when.
-
-    Args:
-        path: what `pairs.files.read_table` takes. `timestamp` holds whole seconds since 1970 (UTC) or ISO 8601 texts;
-            one without a zone is read as UTC, fractions of a second are cut off.
-
-    Returns:
-        user_id (string), note_id (string), timestamp (int64, seconds since 1970, UTC), in the table's order.
-
-    Raises:
-        FileNotFoundError: no such table.
-        ValueError: a missing column, an empty id, or a time that cannot be read, with its row.
-    """
-    return views_of(to_arrow(read_table(path, VIEW_COLUMNS)), path)
-
-
-def views_of(table: pa.Table, source: str | Path) -> Dataset:
-    """Checks a table of views that was read elsewhere, and brings it to the form of `load_views`.
-
-    Args:
-        table: the columns user_id, note_id (string or integer) and timestamp (see `load_views`); others are left out.
-        source: what errors name as the table.
-
-    Returns:
-        What `load_views` returns.
-
-    Raises:
-        ValueError: see `load_views`.
-    """
-    columns = {name: _ids(table, name, source) for name in ("user_id", "note_id")}
-    return Dataset(pa.table({**columns, "timestamp": _seconds(_required(table, "timestamp", source), source)}))
-
-
 def load_pairs(path: str | Path) -> Dataset:
     """Loads related pairs.
 
@@ -158,25 +120,31 @@ def load_pairs(path: str | Path) -> Dataset:
 
 
 def write_table(dataset: Dataset, path: str | Path) -> None:
-    """Writes a table as .parquet, .csv or .jsonl, by the ending of `path`, replacing an old file in one step.
+    """Writes a table as .parquet, .csv, .jsonl or .arrow, by the ending of `path`, replacing an old file in one step.
 
-    Absolute paths in an `image` column are written relative to the table's folder: table and images can then move
-    together.
+    Rows of a memory-mapped table are read as they are written. Absolute paths in an `image` column are written relative
+    to the table's folder: table and images can then move together.
 
     Raises:
         ValueError: another ending, or a column that this kind of file cannot hold (a list in CSV, bytes in JSON lines).
     """
-    table = to_arrow(dataset)
     image = dataset.features.get("image")
-    if isinstance(image, Value) and image.dtype == "string":
-        folder = Path(path).parent.resolve()
-        relative = [
-            os.path.relpath(value, folder) if value and os.path.isabs(value) else value
-            for value in table["image"].to_pylist()
-        ]
-        position = table.column_names.index("image")
-        table = table.set_column(position, table.schema.field(position), pa.array(relative, pa.string()))
-    write_file(table, path)
+    has_paths = isinstance(image, Value) and image.dtype == "string"
+    folder = Path(path).parent.resolve()
+
+    def batches() -> Iterator[pa.Table]:
+        for table in dataset.with_format("arrow").iter(_ROWS_AT_ONCE):
+            if has_paths:
+                relative = [
+                    os.path.relpath(value, folder) if value and os.path.isabs(value) else value
+                    for value in table["image"].to_pylist()
+                ]
+                position = table.column_names.index("image")
+                table = table.set_column(position, table.schema.field(position), pa.array(relative, pa.string()))
+            yield table.cast(schema)
+
+    schema = dataset.features.arrow_schema
+    write_file(batches(), schema, path)
 
 
 def related_indices(
@@ -302,37 +270,3 @@ def _refuse_unusable_paths(images: Iterable[str | None], path: str | Path) -> No
         if is_url(value):
             raise ValueError(f"{path}, row {row}: 'image' {value!r} is a URL; download it and give its path.")
         raise ValueError(f"{path}, row {row}: 'image' {value!r} has no folder on the Hub; use an Image feature.")
-
-
-def _seconds(column: pa.ChunkedArray, path: str | Path) -> pa.ChunkedArray:
-    remedy = "give whole seconds since 1970 or ISO 8601"
-    _refuse_rows(pc.is_null(column), "timestamp", path, f"is empty; {remedy}")
-    if pa.types.is_timestamp(column.type):
-        micros = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()).to_numpy()
-        column = pa.chunked_array([np.floor_divide(micros, 10**6)])
-    elif _is_text(column.type):
-        if pc.all(pc.match_substring_regex(column, r"^[+-]?\d{1,18}$"), min_count=0).as_py():
-            column = column.cast(pa.int64())
-        else:
-            seconds = []
-            for row, text in enumerate(column.to_pylist(), start=1):
-                try:
-                    seconds.append(_parse_time(text))
-                except ValueError as error:
-                    raise ValueError(f"{path}, row {row}: 'timestamp' {text!r} is no time; {remedy}.") from error
-            column = pa.chunked_array([pa.array(seconds, pa.int64())])
-    elif pa.types.is_integer(column.type):
-        column = column.cast(pa.int64())
-    elif not pa.types.is_null(column.type):  # a column of nulls is one without rows: others were refused above
-        raise ValueError(f"{path}: column 'timestamp' is {column.type}; {remedy}.")
-    column = column.cast(pa.int64())
-    too_large = pc.greater(pc.abs(column), _MAX_SECONDS)
-    _refuse_rows(too_large, "timestamp", path, "is beyond the year 5000: milliseconds? Divide by 1000")
-    return column
-
-
-def _parse_time(text: str) -> int:
-    if re.fullmatch(r"[+-]?\d{1,18}", text):
-        return int(text)
-    time = datetime.fromisoformat(text)
-    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() // 1)

@@ -66,14 +66,14 @@ class ViewOptions:
     note_column: str = field(default="note_id", metadata={"help": "column of the note's id"})
     time_column: str = field(
         default="timestamp",
-        metadata={
-            "help": "column of the time: integers since 1970, ISO 8601 texts or timestamps; without a zone: UTC"
-        },
+        metadata={"help": "column of the time: integers since 1970, ISO 8601 texts or timestamps; without a zone: UTC"},
     )
     time_unit: TimeUnit = field(default="s", metadata={"help": "unit of times that are integers"})
     max_user_views: int | None = field(
         default=5000,
-        metadata={"help": "keep so many views of each user, the latest (rule user_cap), as the work grows with their square"},
+        metadata={
+            "help": "keep so many views of each user, the latest (rule user_cap), as the work grows with their square"
+        },
     )
     max_user_views_per_day: int | None = field(
         default=None,
@@ -87,7 +87,8 @@ class ViewOptions:
         },
     )
     refuse: tuple[Rule, ...] = field(
-        default=(), metadata={"help": "stop with an error, which names file and row, where one of these rules is broken"}
+        default=(),
+        metadata={"help": "stop with an error, which names file and row, where one of these rules is broken"},
     )
 
     def __post_init__(self) -> None:
@@ -116,8 +117,8 @@ class ReadViews(NamedTuple):
         kept: how many of them are in `log`.
         broken: for each of `RULES` how many rows broke it. They were dropped, but those of time_backwards only if
             `ViewOptions.drop_time_backwards` says so.
-        offenders: for each of `RULES` these rows: user_id, note_id, timestamp (string, as they were read), file (string),
-            block, position. Not computed; `list_offenders` makes one table of them.
+        offenders: for each of `RULES` these rows: user_id, note_id, timestamp (string, as they were read), file
+            (string), block, position. Not computed; `list_offenders` makes one table of them.
         raw: all rows: file, block, position, and more.
     """
 
@@ -149,8 +150,10 @@ def read_views(
     """
     options = options or ViewOptions()
     raw = _open(engine, source, options)
-    text = raw.timestamp.cast("string")
-    parsed = raw.mutate(seconds=_seconds(raw.timestamp, options.time_unit), timestamp=text)
+    time = (
+        raw.timestamp.cast("timestamp") if raw.timestamp.type().is_timestamp() else raw.timestamp
+    )  # engines show zones
+    parsed = raw.mutate(seconds=_seconds(raw.timestamp, options.time_unit), timestamp=time.cast("string"))
     if note_ids is None:
         known, judged = None, parsed.mutate(rule=_rule_of(parsed, ibis.literal(True)))
     else:
@@ -246,7 +249,14 @@ def _open(engine: Engine, source: str | Path | Dataset | pa.Table, options: View
     for name in options.columns:
         if name not in table.column_names:
             raise ValueError(f"views: no column {name!r}, only {table.column_names}; say which one it is.")
+        kind = table.schema.field(name).type
+        is_time = name == options.time_column and pa.types.is_temporal(kind) and not pa.types.is_time(kind)
+        if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind) or is_time):
+            wanted = "integers, ISO 8601 texts or timestamps" if name == options.time_column else "texts or integers"
+            raise ValueError(f"views: column {name!r} is {kind}; give {wanted}.")
     user, note, time = (table[name] for name in options.columns)
+    if _is_text(time.type) or pa.types.is_null(time.type):
+        time = time.cast(pa.string())
     count = len(table)
     return engine.from_arrow(
         pa.table(
@@ -260,6 +270,11 @@ def _open(engine: Engine, source: str | Path | Dataset | pa.Table, options: View
             }
         )
     )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
 
 
 def _name_of(source: str | Path | Dataset | pa.Table) -> str:
@@ -325,9 +340,7 @@ def _iso_seconds(time: ir.StringValue) -> ir.IntegerValue:
     shift = ibis.cases((has_offset, sign * (offset_hour * 3600 + offset_minute * 60)), else_=0)
 
     leap = (year % 4 == 0) & ((year % 100 != 0) | (year % 400 == 0))
-    length = ibis.cases(
-        ((month == 2) & leap, 29), (month == 2, 28), (month.isin([4, 6, 9, 11]), 30), else_=31
-    )
+    length = ibis.cases(((month == 2) & leap, 29), (month == 2, 28), (month.isin([4, 6, 9, 11]), 30), else_=31)
     # Days from 1970-01-01 in the Gregorian calendar, the year taken to begin in March.
     shifted = ibis.cases((month <= 2, year - 1), else_=year)
     from_march = ibis.cases((month <= 2, month + 9), else_=month - 3)
@@ -355,7 +368,9 @@ def _iso_seconds(time: ir.StringValue) -> ir.IntegerValue:
         & (offset_hour <= 23)
         & (offset_minute <= 59)
     )
-    return ibis.cases((exists, days * SECONDS_PER_DAY + hour * 3600 + minute * 60 + second - shift), else_=ibis.null("int64"))
+    return ibis.cases(
+        (exists, days * SECONDS_PER_DAY + hour * 3600 + minute * 60 + second - shift), else_=ibis.null("int64")
+    )
 
 
 def _count(engine: Engine, table: ir.Table) -> int:

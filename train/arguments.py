@@ -10,8 +10,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hub.compose import CompositionArguments
-from pairs.build import PairOptions
+from pairs.query import Direction, PairOptions, Score
 from pairs.simulate import SimulationOptions
+from pairs.split import SplitBy, SplitOptions
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "simulated.yaml"
 
@@ -27,41 +28,77 @@ class DataArguments:
             "image. Without one the simulated world is used."
         },
     )
-    views: str | None = field(default=None, metadata={"help": "Table of views: user_id, note_id, timestamp."})
+    views: str | None = field(
+        default=None,
+        metadata={"help": "Log of views: user_id, note_id, timestamp; a file, a pattern, a folder or a URL."},
+    )
+    splits: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that python -m pairs.split wrote (there with all its options, and on Spark, too), in place "
+            "of notes and views; the pair and split settings here are then not used."
+        },
+    )
     num_simulated_notes: int = field(default=2000, metadata={"help": "Size of the simulated world."})
     pair_window_days: float = field(
         default=7.0, metadata={"help": "A user views two related notes within this many days."}
     )
-    pair_direction: Literal["both", "forward"] = field(
-        default="both", metadata={"help": "Whether the order of two views matters."}
+    pair_direction: Direction = field(
+        default="both", metadata={"help": "Whether the order of two views matters (forward) or not."}
     )
-    pair_score: Literal["cosine", "count"] = field(
-        default="cosine",
-        metadata={
-            "help": "count: users who viewed both; cosine: that, divided by sqrt(users of one · users of the other)."
-        },
+    pair_score: Score = field(
+        default="cosine", metadata={"help": "How related notes are ranked: python -m pairs.build --help explains each."}
     )
     pair_min_score: float = field(default=0.0, metadata={"help": "Drop pairs that score lower."})
+    pair_max_score: float | None = field(default=None, metadata={"help": "Drop pairs that score higher."})
     pair_min_count: int = field(default=1, metadata={"help": "Drop pairs that fewer users viewed."})
+    pair_min_note_users: int = field(default=1, metadata={"help": "Leave out of pairs what fewer users viewed."})
     pair_top_k: int = field(default=10, metadata={"help": "Related notes kept of each note."})
+    pair_max_as_related: int | None = field(
+        default=None, metadata={"help": "A note is the related note of at most so many others."}
+    )
+    split_by: SplitBy = field(
+        default="note", metadata={"help": "note: test notes are new; time: test pairs are of the last days; both."}
+    )
     validation_share: float = field(default=0.1, metadata={"help": "Share of the notes kept for validation."})
     test_share: float = field(default=0.25, metadata={"help": "Share of the notes kept for the test."})
+    validation_days: float = field(
+        default=3.0, metadata={"help": "Days before the test's for validation (split_by time or both)."}
+    )
+    test_days: float = field(default=7.0, metadata={"help": "Last days, for the test (split_by time or both)."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the split of notes."})
 
     def __post_init__(self) -> None:
         if (self.notes is None) != (self.views is None):
             raise ValueError(f"notes={self.notes!r} and views={self.views!r} go together: give both, or neither.")
+        if self.splits is not None and self.notes is not None:
+            raise ValueError(f"splits={self.splits!r} and notes={self.notes!r} exclude each other: give one of them.")
 
     @property
     def pair_options(self) -> PairOptions:
-        """The pair settings as `pairs.build` takes them."""
+        """The pair settings as `pairs.query` takes them."""
         return PairOptions(
             window_days=self.pair_window_days,
             direction=self.pair_direction,
             score=self.pair_score,
             min_score=self.pair_min_score,
+            max_score=self.pair_max_score,
             min_count=self.pair_min_count,
+            min_note_users=self.pair_min_note_users,
             top_k=self.pair_top_k,
+            max_as_related=self.pair_max_as_related,
+        )
+
+    @property
+    def split_options(self) -> SplitOptions:
+        """The split settings as `pairs.split` takes them."""
+        return SplitOptions(
+            by=self.split_by,
+            validation=self.validation_share,
+            test=self.test_share,
+            validation_days=self.validation_days,
+            test_days=self.test_days,
+            seed=self.split_seed,
         )
 
     @property

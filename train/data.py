@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset as Table
 from torch.utils.data import Dataset
 
 from modeling_notellm2 import NoteLLM2Processor
 from modeling_notellm2.processing_notellm2 import EncodedNote
+from pairs.files import to_arrow
 from train.features import VisionFeatureTable
 from train.losses import RelatedNotes
 
@@ -44,24 +47,28 @@ class PairDataset(Dataset[NoteGroup]):
     """
 
     def __init__(self, notes: Table, pairs: Table, features: VisionFeatureTable | None = None) -> None:
-        row_of = {note_id: row for row, note_id in enumerate(notes["note_id"])}
-        unordered: dict[tuple[int, int], None] = {}  # a dictionary keeps the order, a set would not
-        for first, second in zip(pairs["note_id"], pairs["related_note_id"], strict=True):
-            for note_id in (first, second):
-                if note_id not in row_of:
-                    raise ValueError(
-                        f"pairs name the note {note_id!r}, which the notes lack: build the pairs of these notes."
-                    )
-            a, b = sorted((row_of[first], row_of[second]))
-            unordered[a, b] = None
-        if not unordered:
+        # In Arrow and NumPy, as ten million pairs are common: 16 bytes a pair, and no note is read.
+        note_ids = to_arrow(notes.select_columns("note_id"))["note_id"].combine_chunks()
+        if not len(pairs):
             raise ValueError(
                 "there are no pairs to train on: see that views and notes name the same note_id, lower the "
                 "pairs' min_score or min_count, or bring more views."
             )
+        ends = []
+        for name in ("note_id", "related_note_id"):
+            column = to_arrow(pairs.select_columns(name))[name]
+            rows = pc.index_in(column, value_set=note_ids)
+            if rows.null_count:
+                missing = column[pc.index(pc.is_null(rows), True).as_py()].as_py()
+                raise ValueError(
+                    f"pairs name the note {missing!r}, which the notes lack: build the pairs of these notes."
+                )
+            ends.append(rows.to_numpy())
+        unordered = np.sort(np.stack(ends, axis=1).astype(np.int64), axis=1)
+        firsts = np.unique(unordered[:, 0] * len(notes) + unordered[:, 1], return_index=True)[1]
         self.notes = notes
         self.features = features
-        self.pairs = list(unordered)
+        self.pairs = unordered[np.sort(firsts)]  # (P, 2) int64 rows of `notes`, in the order of the table
 
     @property
     def related(self) -> RelatedNotes:
@@ -72,7 +79,7 @@ class PairDataset(Dataset[NoteGroup]):
         return len(self.pairs)
 
     def __getitem__(self, position: int) -> NoteGroup:
-        a, b = self.pairs[position]
+        a, b = self.pairs[position].tolist()
         return NoteGroup([self.notes[a], self.notes[b]], [a, b], self.features)
 
 

@@ -4,8 +4,7 @@ Its positive is its partner, its negatives are all other notes of the batch. A n
 else in the batch it stands, and neither are notes known to be related to the anchor.
 """
 
-from collections.abc import Iterable
-
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,18 +14,18 @@ class RelatedNotes:
     """A set of unordered pairs of related notes that answers for whole batches at once.
 
     Args:
-        pairs: pairs of note indices, each in [0, num_notes).
+        pairs: (P, 2) int64, pairs of note indices, each in [0, num_notes).
         num_notes: how many notes there are.
 
-    >>> related = RelatedNotes([(0, 2)], num_notes=3)
+    >>> related = RelatedNotes(np.array([(0, 2)]), num_notes=3)
     >>> related.matrix(torch.tensor([0, 1, 2])).int().tolist()
     [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
     """
 
-    def __init__(self, pairs: Iterable[tuple[int, int]], num_notes: int) -> None:
+    def __init__(self, pairs: np.ndarray, num_notes: int) -> None:
         self.num_notes = num_notes
-        keys = {a * num_notes + b for pair in pairs for a, b in (pair, pair[::-1])}
-        self._keys = torch.tensor(sorted(keys), dtype=torch.int64)
+        a, b = pairs.reshape(-1, 2).astype(np.int64).T
+        self._keys = torch.from_numpy(np.unique(np.concatenate([a * num_notes + b, b * num_notes + a])))
 
     def matrix(self, note_ids: Tensor) -> Tensor:
         """(M,) int64 note indices ─► (M, M) bool, True where the two notes are related."""

@@ -30,8 +30,8 @@ from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import prompt_template
 from pairs.ceilings import ceilings
 from pairs.simulate import simulate
-from pairs.split import NotesAndPairs, load_split, make_splits
-from pairs.tables import load_notes, load_views, related_indices
+from pairs.split import SPLITS, NotesAndPairs, load_split, make_splits
+from pairs.tables import load_notes, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
 from train.data import NoteDataset, PairDataset
 from train.features import VisionFeatureTable
@@ -88,15 +88,8 @@ def prepare_data(data: DataArguments, folder: Path) -> None:
         simulate(data.simulation_options).write(folder / "world")
         notes_file, views_file = str(folder / "world" / "notes.jsonl"), str(folder / "world" / "views.csv")
     logger.info("Building related pairs from %s", views_file)
-    make_splits(
-        load_notes(notes_file),
-        load_views(views_file),
-        data.pair_options,
-        validation=data.validation_share,
-        test=data.test_share,
-        seed=data.split_seed,
-        output_dir=folder / "data",
-    )
+    text = make_splits(load_notes(notes_file), views_file, data.pair_options, data.split_options, folder / "data")
+    logger.info("%s", text)
 
 
 def tiny_composition(
@@ -149,15 +142,19 @@ def train(
     if state.device.type == "cpu":  # accelerate launches with one thread a process
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
     set_seed(training.seed)
-    simulated = data.notes is None
+    simulated = data.notes is None and data.splits is None
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            prepare_data(data, folder)
+            if data.splits is None:
+                prepare_data(data, folder)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from error
     state.wait_for_everyone()
-    splits = {name: load_split(folder / "data", name) for name in ("train", "validation", "test")}
+    try:
+        splits = {name: load_split(data.splits or folder / "data", name) for name in SPLITS}
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
     test, test_related = splits["test"], related_of(splits["test"])
 
     if simulated and composition.llm is None and composition.model is None:

@@ -55,7 +55,7 @@ def warm_up_head(
         The mean loss of the last tenth of the steps.
     """
     generator = torch.Generator().manual_seed(seed)
-    notes, pairs = _choose_pairs(torch.tensor(dataset.pairs), generator)
+    notes, pairs = _choose_pairs(torch.from_numpy(dataset.pairs), generator)
     singles = NoteDataset(dataset.notes, dataset.features)
     table = NoteStateTable(model, singles, notes, batch_size, autocast, show_progress_bar)
     related = dataset.related

@@ -1,12 +1,13 @@
 """MicroLens becomes tables that the rest of the package reads, and what is missing from it is counted."""
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from pairs.build import PairOptions
 from pairs.microlens import COUNTS, load_microlens, main
-from pairs.split import load_split, make_splits
-from pairs.tables import load_notes, load_views
+from pairs.query import PairOptions
+from pairs.split import SplitOptions, load_split, make_splits
+from pairs.tables import load_notes
 
 TITLES = """item,title
 1,"Duck, fried # food"
@@ -44,7 +45,10 @@ def arguments(files, output):
 
 def test_written_tables_are_notes_and_views(tmp_path, files):
     main(arguments(files, tmp_path / "out"))
-    notes, views = load_notes(tmp_path / "out" / "notes.parquet"), load_views(tmp_path / "out" / "views.parquet")
+    notes, views = (
+        load_notes(tmp_path / "out" / "notes.parquet"),
+        Dataset.from_parquet(str(tmp_path / "out" / "views.parquet")),
+    )
     cover = {item: str(tmp_path / "covers" / f"{item}.jpg") for item in (1, 3, 5)}
     assert notes["note_id"][:] == ["1", "2", "3", "4", "5"]
     assert notes["title"][:] == ["Duck, fried # food", "Sea urchins", "", "Unviewed", ""]
@@ -96,7 +100,7 @@ def test_titles_need_no_header_and_no_quotation_marks(files):
 def test_splits_are_made_of_it(tmp_path, files):
     microlens = load_microlens(**files)
     options = PairOptions(window_days=100)
-    make_splits(microlens.notes, microlens.views, options, validation=0, test=0, seed=0, output_dir=tmp_path / "splits")
+    make_splits(microlens.notes, microlens.views, options, SplitOptions(validation=0, test=0), tmp_path / "splits")
     train = load_split(tmp_path / "splits", "train")
     assert train.notes["image"][0] == str(tmp_path / "covers" / "1.jpg")
     pairs = set(zip(train.pairs["note_id"], train.pairs["related_note_id"], strict=True))
@@ -113,7 +117,7 @@ def test_splits_are_made_of_it(tmp_path, files):
             "user,item,timestamp\n7,1,2022-11-28\n",
             "column 'timestamp' is .*; MicroLens gives whole milliseconds",
         ),
-        ("pairs", "user,item,timestamp\n7,,1669600000999\n", "row 1: 'note_id' is empty"),
+        ("pairs", "user,item,timestamp\n7,,1669600000999\n", "row 1: 'item' is empty"),
         ("titles", "item,title\n1,a\nx,b\n", "row 2: 'x' is no item number with a title"),
         ("titles", "item,title\n1\n", "row 1: '1' is no item number with a title"),
         ("titles", 'item,title\n1,"' + "a" * 200_000, "field larger than .*is a quotation mark missing"),

@@ -8,11 +8,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pairs.build import PairOptions, build_pairs
+from pairs.build import build_pairs
 from pairs.ceilings import ceilings
+from pairs.files import read_table
 from pairs.pictures import LOOKS
+from pairs.query import PairOptions
 from pairs.simulate import START, SimulationOptions, main, simulate
-from pairs.tables import load_notes, load_views, related_indices
+from pairs.tables import load_notes, related_indices
 from pairs.vocabulary import COMMON_WORDS, SUBJECTS
 
 SMALL = SimulationOptions(notes=480, users=400, subjects=6, looks=8)
@@ -128,7 +130,7 @@ def test_written_world_loads_again(tmp_path, capsys):
     notes = load_notes(tmp_path / "notes.jsonl")
     assert notes.remove_columns("image")[:] == world.notes.remove_columns("image")[:]
     assert notes["image"][0] == str(tmp_path / world.notes["image"][0])
-    assert load_views(tmp_path / "views.csv")[:] == world.views[:]
+    assert read_table(tmp_path / "views.csv", ("user_id", "note_id"))[:] == world.views[:]
     assert "96 notes" in capsys.readouterr().out
 
 

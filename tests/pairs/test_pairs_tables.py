@@ -1,15 +1,13 @@
 """Loaders accept what they promise, refuse the rest by name, and tables survive being written and moved."""
 
-import json
 import shutil
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from pairs.tables import load_notes, load_pairs, load_views, read_notes, related_indices, write_table
+from pairs.tables import load_notes, load_pairs, read_notes, related_indices, write_table
 
 
 def write_lines(path, *lines):
@@ -132,49 +130,9 @@ def test_a_failed_write_leaves_the_old_table(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.csv"]
 
 
-def test_timestamps_in_every_spelling(tmp_path):
-    times = ["86400", "1970-01-02", "1970-01-02T00:00:00Z", "1970-01-02T02:00:00.9+02:00", "1969-12-31T23:59:59.5"]
-    path = write_lines(tmp_path / "views.csv", "user_id,note_id,timestamp", *(f"1,02,{time}" for time in times))
-    views = load_views(path)
-    assert views["timestamp"][:] == [86400, 86400, 86400, 86400, -1]
-    assert views.features == Features(user_id=Value("string"), note_id=Value("string"), timestamp=Value("int64"))
-    assert views[0]["note_id"] == "02"
-
-
-def test_timestamps_of_typed_tables(tmp_path):
-    micros = pa.array([-1, 1_500_000], pa.timestamp("us", "Europe/Berlin"))
-    for times in (micros, pa.array([-1, 1], pa.int32()), pa.array(["-1", "1"])):
-        Dataset(pa.table({"user_id": [1, 2], "note_id": [3, 4], "timestamp": times})).to_parquet(tmp_path / "v.parquet")
-        assert load_views(tmp_path / "v.parquet")["timestamp"][:] == [-1, 1]
-    rows = [{"user_id": 1, "note_id": 2, "timestamp": time} for time in (1, "1970-01-01T00:00:02")]
-    path = write_lines(tmp_path / "views.jsonl", *map(json.dumps, rows))
-    assert load_views(path)["timestamp"][:] == [1, 2]
-
-
-def test_views_without_rows(tmp_path):
-    views = load_views(write_lines(tmp_path / "views.csv", "user_id,note_id,timestamp"))
-    assert len(views) == 0 and views.features["timestamp"] == Value("int64")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("u,n,yesterday", "row 2: 'timestamp' 'yesterday' is no time; give whole seconds since 1970 or ISO 8601"),
-        ("u,n,1.5", "row 2: 'timestamp' '1.5' is no time"),
-        ("u,n,", "row 2: 'timestamp' '' is no time"),
-        ("u,n,1700000000000", "row 2: 'timestamp' is beyond the year 5000: milliseconds"),
-        (",n,1", "row 2: 'user_id' is empty"),
-        ("u,,1", "row 2: 'note_id' is empty"),
-    ],
-)
-def test_bad_views_are_refused(tmp_path, row, message):
-    with pytest.raises(ValueError, match=message):
-        load_views(write_lines(tmp_path / "views.csv", "user_id,note_id,timestamp", "u,n,1", row))
-
-
 def test_pairs_round_trip(tmp_path):
     pairs = Dataset.from_dict({"note_id": ["1"], "related_note_id": ["02"], "score": [0.1], "rank": [1]})
-    for suffix in (".csv", ".jsonl", ".parquet"):
+    for suffix in (".csv", ".jsonl", ".parquet", ".arrow"):
         write_table(pairs, tmp_path / f"pairs{suffix}")
         loaded = load_pairs(tmp_path / f"pairs{suffix}")
         assert loaded[:] == pairs[:]

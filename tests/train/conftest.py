@@ -9,10 +9,10 @@ from transformers import set_seed
 
 from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
 from modeling_notellm2 import NoteLLM2Model
-from pairs.build import PairOptions
+from pairs.query import PairOptions
 from pairs.simulate import SimulationOptions, simulate
-from pairs.split import NotesAndPairs, load_split, make_splits
-from pairs.tables import load_notes, load_views, related_indices
+from pairs.split import NotesAndPairs, SplitOptions, load_split, make_splits
+from pairs.tables import load_notes, related_indices
 from train.arguments import NoteLLM2TrainingArguments
 from train.data import NoteDataset, PairDataset
 from train.trainer import NoteLLM2Trainer
@@ -32,9 +32,8 @@ def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def splits(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NotesAndPairs]:
     """Train, validation and test of the small world."""
     folder = tmp_path_factory.mktemp("splits")
-    notes, views = load_notes(world_folder / "notes.jsonl"), load_views(world_folder / "views.csv")
-    options = PairOptions(score="cosine", top_k=5)
-    make_splits(notes, views, options, validation=0.2, test=0.2, seed=0, output_dir=folder)
+    notes, views = load_notes(world_folder / "notes.jsonl"), world_folder / "views.csv"
+    make_splits(notes, views, PairOptions(score="cosine", top_k=5), SplitOptions(validation=0.2, test=0.2), folder)
     return {name: load_split(folder, name) for name in ("train", "validation", "test")}
 
 

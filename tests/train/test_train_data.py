@@ -19,7 +19,7 @@ def table(*pairs: tuple[str, str]) -> Dataset:
 
 def test_each_unordered_pair_is_one_example():
     dataset = PairDataset(NOTES, table(("a", "c"), ("c", "a"), ("b", "a")))
-    assert dataset.pairs == [(0, 2), (0, 1)]
+    assert dataset.pairs.tolist() == [[0, 2], [0, 1]]
     group = dataset[0]
     assert [note["title"] for note in group.notes] == ["one", "three"] and group.indices == [0, 2]
     assert dataset.related.matrix(torch.arange(3)).int().tolist() == [[0, 1, 1], [1, 0, 0], [1, 0, 0]]
@@ -36,7 +36,7 @@ def test_batch_holds_first_notes_then_their_partners(splits: dict[str, NotesAndP
     processor = build_model().processor
     dataset = PairDataset(*splits["train"])
     batch = NoteCollator(processor)([dataset[0], dataset[1], dataset[2]])
-    firsts, seconds = zip(*dataset.pairs[:3], strict=True)
+    firsts, seconds = dataset.pairs[:3].T.tolist()
     assert batch["note_index"].tolist() == [*firsts, *seconds]
     expected = processor([dataset.notes[i] for i in [*firsts, *seconds]])
     for name in expected:
