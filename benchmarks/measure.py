@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-SECONDS_BETWEEN_SAMPLES = 0.05
+SECONDS_BETWEEN_SAMPLES = 0.1
 # To look through a folder takes longer than to look at a process.
 SECONDS_BETWEEN_DISK_SAMPLES = 0.5
 

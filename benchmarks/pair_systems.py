@@ -1,8 +1,8 @@
 """The same job on several systems: read a log of views, build related pairs, write them as Parquet.
 
 Pairs are seen within seven days in either order, each user counts once for a pair, and of every note the ten best stay;
-see `pairs.query` for the scores. What Polars and pandas run is how one would write it there, for data that fits in memory;
-ids become numbers in the order of the ids, which is both faster and breaks ties as this package does.
+see `pairs.query` for the scores. What Polars and pandas run is how one would write it there for data that fits in
+memory; ids become numbers in the order of the ids, which is both faster and breaks ties as this package does.
 
     python -m benchmarks.pair_systems --system polars --views views.parquet --output DIR --stages stages.json
 
@@ -135,7 +135,8 @@ def run_polars(job: Job) -> dict[str, float]:
         .collect(engine="streaming")
     )
     stages.end("ranking")
-    named = best.join(notes, on="note").join(notes.rename({"note": "related", "note_id": "related_note_id"}), on="related")
+    related = notes.rename({"note": "related", "note_id": "related_note_id"})
+    named = best.join(notes, on="note").join(related, on="related")
     named = named.sort("note", "rank").select("note_id", "related_note_id", "score", "rank")
     Path(job.output).mkdir(parents=True)
     named.write_parquet(Path(job.output) / "part-0.parquet")

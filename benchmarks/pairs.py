@@ -30,7 +30,7 @@ from evaluation.report import collect_facts
 _ROOT = Path(__file__).resolve().parents[1]
 
 
-class DifferentPairs(Exception):
+class DifferentPairsError(Exception):
     """Two systems gave different pairs for the same views."""
 
 
@@ -58,21 +58,22 @@ def count_different(output: Path, expected: Path) -> int:
 
     Scores may differ by 1e-12 of their value: systems are free to divide and to take roots in another order.
     """
-    with duckdb.connect() as db:
-        found = db.execute(
-            """
-            SELECT count(*) FROM read_parquet(?) AS a FULL JOIN read_parquet(?) AS b USING (note_id, rank)
-            WHERE a.related_note_id IS DISTINCT FROM b.related_note_id OR NOT abs(a.score - b.score) <= 1e-12 * b.score
-            """,
-            [f"{output}/*.parquet", f"{expected}/*.parquet"],
-        ).fetchone()
-    return int(found[0])
+    return _fetch_number(
+        "SELECT count(*) FROM read_parquet(?) AS a FULL JOIN read_parquet(?) AS b USING (note_id, rank) WHERE "
+        "a.related_note_id IS DISTINCT FROM b.related_note_id OR NOT abs(a.score - b.score) <= 1e-12 * b.score",
+        [f"{output}/*.parquet", f"{expected}/*.parquet"],
+    )
 
 
-def count_pairs_of(output: Path) -> int:
+def count_rows(output: Path) -> int:
     """Rows of a folder of pairs."""
+    return _fetch_number("SELECT count(*) FROM read_parquet(?)", [f"{output}/*.parquet"])
+
+
+def _fetch_number(query: str, parameters: list[str]) -> int:
     with duckdb.connect() as db:
-        return int(db.execute("SELECT count(*) FROM read_parquet(?)", [f"{output}/*.parquet"]).fetchone()[0])
+        [(number,)] = db.execute(query, parameters).fetchall()
+    return int(number)
 
 
 def run_system(
@@ -105,7 +106,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
     """Runs every system on every log; `args` as from `main`'s options.
 
     Raises:
-        DifferentPairs: two systems, or two runs of one, do not agree.
+        DifferentPairsError: two systems, or two runs of one, do not agree.
     """
     limits = Limits(args.memory_limit_gb, args.time_limit_s)
     runs: list[Run] = []
@@ -131,11 +132,11 @@ def run_all(args: argparse.Namespace) -> list[Run]:
                     failed[system] = Run(system, views, usage, {}, None)
                     runs.append(failed[system])
                     continue
-                runs.append(Run(system, views, usage, stages, count_pairs_of(output)))
+                runs.append(Run(system, views, usage, stages, count_rows(output)))
                 if expected is None:
                     expected = system, output
                 elif different := count_different(output, expected[1]):
-                    raise DifferentPairs(
+                    raise DifferentPairsError(
                         f"{system} and {expected[0]} differ in {different:,} of the pairs of {views:,} views."
                     )
     return runs
@@ -143,7 +144,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
 
 def markdown_table(runs: Sequence[Run]) -> str:
     """A line for each log and system, with medians over its runs."""
-    heads = ["Views", "System", "Runs", "Time (s)", "µs a view", "Peak memory (GB)", "Peak temporary disk (GB)", "Pairs"]
+    heads = ["Views", "System", "Runs", "Time (s)", "µs a view", "Peak memory (GB)", "Peak disk (GB)", "Pairs"]
     heads.append("Stages (s)")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for views, system in dict.fromkeys((run.views, run.system) for run in runs):
@@ -191,7 +192,8 @@ def _collect_facts(args: argparse.Namespace) -> dict[str, object]:
     return facts
 
 
-def _whole_number(text: str) -> int:
+def whole_number(text: str) -> int:
+    """The type of an option that takes 1e6 for a million."""
     number = float(text)
     if number != int(number):
         raise argparse.ArgumentTypeError(f"{text}: give a whole number, such as 1e6.")
@@ -208,13 +210,13 @@ def main(argv: list[str] | None = None) -> None:
     logs = parser.add_argument_group("simulated logs")
     logs.add_argument(
         "--views",
-        type=_whole_number,
+        type=whole_number,
         nargs="+",
         default=[1_000_000],
         help="views of each log, multiples of 100: 50 a user over four weeks, and a note for every 100",
     )
     logs.add_argument(
-        "--exponent", type=float, default=1.0, help="of the power law: the note of rank r is viewed in proportion to r^-EXPONENT"
+        "--exponent", type=float, default=1.0, help="of the power law: the note of rank r has r^-EXPONENT as many views"
     )
     logs.add_argument("--seed", type=int, default=0, help="another seed gives other logs")
     logs.add_argument(
@@ -222,16 +224,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     logs.add_argument("--generate-only", action="store_true", help="write the logs, and stop")
     job = parser.add_argument_group("the job")
-    job.add_argument("--systems", nargs="+", choices=get_args(System), default=["duckdb", "polars"], help="what computes")
+    job.add_argument("--systems", nargs="+", choices=get_args(System), default=["duckdb"], help="what computes")
     job.add_argument("--score", choices=get_args(JobScore), default="count", help="how a pair scores, see pairs.build")
     job.add_argument("--min-count", type=int, default=1, help="drop pairs that fewer users saw")
     job.add_argument(
-        "--memory-gb", type=float, default=4.0, help="memory for tables of duckdb and spark, in 10^9 bytes; others take all"
+        "--memory-gb",
+        type=float,
+        default=4.0,
+        help="memory for tables of duckdb and spark (10^9 bytes); others take all",
     )
     job.add_argument("--cores", type=int, default=2, help="processor cores that each system may use")
     job.add_argument("--temp-dir", help="for intermediate tables and results (default: this machine's)")
     measured = parser.add_argument_group("the measurement")
-    measured.add_argument("--repeat", type=int, default=1, help="runs of each system, taking turns; the table has medians")
+    measured.add_argument("--repeat", type=int, default=1, help="runs of each system, in turns; the table has medians")
     measured.add_argument(
         "--memory-limit-gb", type=float, default=16.0, help="stop a run that takes more, all its processes together"
     )
@@ -245,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = run_all(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    except DifferentPairs as error:
+    except DifferentPairsError as error:
         parser.exit(1, f"{error} Nothing was measured.\n")
     if args.generate_only:
         return

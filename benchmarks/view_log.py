@@ -101,7 +101,7 @@ def _query(shape: LogShape) -> str:
         again AS (SELECT i, x, (y + {random_integer("x", 3)}) % {VIEWS_PER_USER} AS y FROM twice),
         shuffled AS (SELECT i, (x + {random_integer("y", 4)}) % {shape.users} AS person FROM again),
         viewed AS (SELECT i, person, least(greatest(floor({rank})::BIGINT, 1), {shape.notes}) AS note FROM shuffled)
-        -- Odd multipliers map distinct numbers below 2^32 to distinct ones: the order of ids tells nothing of popularity.
+        -- Odd multipliers keep distinct numbers below 2^32 distinct: the order of ids tells nothing of popularity.
         SELECT 'u' || (person * 2654435761 % 4294967296)::VARCHAR AS user_id,
             'n' || (note * 2246822519 % 4294967296)::VARCHAR AS note_id,
             {START} + floor(i * ({_SECONDS}.0 / {shape.views}))::BIGINT AS timestamp

@@ -334,7 +334,7 @@ def _report_scores(
 
 
 def _most_viewed(engine: Engine, log: ViewLog, k: int) -> ir.Table:
-    """note, place (int64, from 0) of the k + 1 most viewed notes, among which are the k most viewed others of any note."""
+    """note, place (int64, from 0) of the k + 1 most viewed notes: among them are any note's k most viewed others."""
     ordered = log.notes.order_by(ibis.desc("users"), ibis.asc("note")).select("note").limit(k + 1)
     first = engine.fetch(ordered)
     return engine.from_arrow(first.append_column("place", pa.array(np.arange(len(first)))))
@@ -383,8 +383,9 @@ def _conclusion(score: Score, popularity: Popularity, k: int) -> str:
         )
     reach = (
         f"the {k:,} most viewed notes reach a recall of {popularity.recall:.2f} (chance {popularity.chance:.2f}, "
-        f"at best {popularity.best:.2f}), {popularity.way:.0%} of the way from chance to the best"
+        f"at best {popularity.best:.2f}), "
     )
+    reach += f"{popularity.way:.0%} of the way from chance to the best" if popularity.way >= 0 else "less than chance"
     return {
         "popularity": f"Pairs by {score} measure popularity: {reach}.",
         "mixed": f"Pairs by {score} measure popularity in part: {reach}.",
@@ -467,8 +468,10 @@ def _spread_on_engine(
 def _log_edges(lowest: float, highest: float, integers: bool) -> list[float]:
     """Bounds of bins, of which the last is above the highest value."""
     if integers:
-        inner = np.geomspace(lowest, highest + 1, _HISTOGRAM_BINS + 1).round()
-        return [float(edge) for edge in np.unique(inner)]
+        # Each integer has its bin, or each bin is twice as wide as the one before: rounded bounds would make a comb.
+        if highest - lowest < _HISTOGRAM_BINS:
+            return [float(edge) for edge in range(int(lowest), int(highest) + 2)]
+        return [lowest * 2.0**i for i in range(int(highest / lowest).bit_length() + 1)]
     inner = np.geomspace(lowest, highest, _HISTOGRAM_BINS + 1)[1:-1]
     inner = inner[(inner > lowest) & (inner < highest)]
     return [lowest, *(float(edge) for edge in np.unique(inner)), float(np.nextafter(highest, np.inf))]
@@ -483,11 +486,16 @@ def _numbered_bins(engine: Engine, table: ir.Table, edges: Sequence[float]) -> l
         if first == last:
             return ibis.literal(first, "int32")
         middle = (first + last) // 2
-        return (table.value < edges[middle]).ifelse(place(first, middle), place(middle + 1, last))
+        return (table.value < _exactly(edges[middle])).ifelse(place(first, middle), place(middle + 1, last))
 
     binned = table.select(value="value", place=place(0, len(edges))).group_by("place")
     rows = engine.fetch(binned.aggregate(low=_.value.min(), high=_.value.max(), number=_.count())).to_pylist()
     return [(int(row["place"]), _Bin(row["low"], row["high"], int(row["number"]))) for row in rows]
+
+
+def _exactly(number: float) -> ir.FloatingValue:
+    """The number itself: DuckDB takes a literal of many digits for a decimal, which may become the next float."""
+    return ibis.literal(repr(float(number))).cast("float64")
 
 
 def _binned(engine: Engine, table: ir.Table, edges: Sequence[float]) -> list[_Bin]:
@@ -503,7 +511,7 @@ def _quantiles(engine: Engine, table: ir.Table, bins: list[_Bin]) -> list[float]
         if not wide:
             return [one.low for one in holding]
         if sum(one.number for one in wide) <= _FETCHED_VALUES:
-            inside = ibis.or_(*(table.value.between(one.low, one.high) for one in wide))
+            inside = ibis.or_(*(table.value.between(_exactly(one.low), _exactly(one.high)) for one in wide))
             counted = engine.fetch(table.filter(inside).group_by("value").aggregate(n=_.count())).to_pylist()
             single = [_Bin(row["value"], row["value"], int(row["n"])) for row in counted]
             bins = sorted([one for one in bins if one not in wide] + single)
@@ -535,7 +543,7 @@ def _views_text(report: DataReport) -> list[str]:
         "",
         *_table(["", "number", *_QUANTILE_NAMES], [[name, *_cells(one)] for name, one in report.activity.items()]),
         "",
-        f"The 1 % most viewed notes ({report.top_notes:,} of {report.notes_viewed:,}) have {report.top_share:.1%} of "
+        f"The 1% most viewed notes ({report.top_notes:,} of {report.notes_viewed:,}) have {report.top_share:.1%} of "
         "the views.",
         "",
     ]
@@ -585,7 +593,7 @@ def _popularity_text(report: DataReport) -> list[str]:
     ]
 
 
-_QUANTILE_NAMES = ["min", "25 %", "median", "75 %", "90 %", "99 %", "max", "mean"]
+_QUANTILE_NAMES = ["min", "25%", "median", "75%", "90%", "99%", "max", "mean"]
 
 
 def _cells(spread: Distribution | None) -> list[str]:
@@ -682,7 +690,7 @@ def _draw_views(report: DataReport) -> "Figure":
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.legend(fontsize=10, loc="lower left")
-        _finish(axes, title, f"rank among {what} (1: the highest)", f"number per {what.removesuffix('s')}")
+        _finish(axes, title, f"rank among {what} (1: the highest)", f"number per {what.removesuffix('s')} (see legend)")
     return figure
 
 
@@ -692,18 +700,17 @@ def _draw_scores(report: DataReport) -> "Figure":
     figure = _figure(0.4 + 2.6 * rows)
     panels = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, (name, score) in zip(panels, report.scores.items(), strict=False):
-        shown, zeros = score.histogram, ""
+        shown, title = score.histogram, str(name)
         if score.scores is None or shown is None or not shown.counts:
             axes.text(0.5, 0.5, "no pairs" if shown is None else "all are 0", ha="center", transform=axes.transAxes)
         else:
-            zeros = f" ({shown.zeros / score.pairs:.1%} are 0, not shown)" if shown.zeros else ""
+            title += f": median {_short(score.scores.median)}"
+            title += f", {shown.zeros / score.pairs:.0%} are 0 (not shown)" if shown.zeros else ""
             axes.stairs(shown.counts, shown.edges, fill=True, color=_BLUE)
             axes.set_xscale("log")
-            median = score.scores.median
-            if median > 0:
-                axes.axvline(median, color=_ORANGE, linestyle="--", label=f"median {_short(median)}")
-                axes.legend(fontsize=10)
-        _finish(axes, f"{name}{zeros}", f"score ({units.get(name, 'no unit')})", "pairs")
+            if score.scores.median > 0:
+                axes.axvline(score.scores.median, color=_ORANGE, linestyle="--")
+        _finish(axes, title, f"score ({units.get(name, 'no unit')})", "pairs")
     for axes in panels[len(report.scores) :]:
         axes.set_visible(False)
     return figure
@@ -718,7 +725,9 @@ def _draw_pairs_per_note(report: DataReport) -> "Figure":
         colors = [_BLUE if number else _ORANGE for number in numbers]
         axes.bar(numbers, list(score.notes_by_pairs.values()), color=colors, width=0.8)
         _finish(axes, f"{name}: {score.notes_without:,} notes have none", "pairs per note", "notes")
-        axes.xaxis.set_tick_params(labelbottom=True)
+        axes.set_yscale("log", nonpositive="clip")  # a few notes with few pairs shall be seen beside thousands
+        axes.set_ylim(bottom=0.7)
+        axes.tick_params(labelbottom=True, labelleft=True)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in panels[len(report.scores) :]:
         axes.set_visible(False)
@@ -765,11 +774,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--views", required=True, help="log of views: a file, a pattern, a folder (also day=…/) or a URL such as s3://…"
     )
-    parser.add_argument("--notes", help="table of notes: views of others are unknown_note (default: what was viewed)")
+    parser.add_argument("--notes", help="table of notes: views of others are unknown_note; without it, no note is")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the report, made if it is not there")
     parser.add_argument("--k", type=int, default=100, help="answer so many of the most viewed notes")
     parser.add_argument(
-        "--scores", nargs="+", choices=SCORES, default=list(SCORES), help="scores to try; swing takes the longest"
+        "--scores",
+        nargs="+",
+        choices=SCORES,
+        metavar="SCORE",
+        default=list(SCORES),
+        help=f"scores to try, of {', '.join(SCORES)}; swing takes the longest",
     )
     add_options(parser, _options_without_score(), "what makes two notes related (thresholds: of every score)")
     parser.set_defaults(score="count")  # `parsed_options` wants one; the report takes each of --scores in turn

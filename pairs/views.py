@@ -37,7 +37,7 @@ RULES: dict[Rule, tuple[str, str]] = {
     "empty_user_id": ("no user_id", "fill it in"),
     "empty_note_id": ("no note_id", "fill it in"),
     "bad_timestamp": ("a timestamp that cannot be read", "give whole seconds since 1970 or ISO 8601"),
-    "timestamp_range": ("a time before 1970 or after the year 5000", "is the unit of time right?"),
+    "timestamp_range": ("a time before 1970 or after 5000-01-01", "is the unit of time right?"),
     "unknown_note": ("a note that the notes lack", "add the note, or leave the notes out"),
     "duplicate_view": ("the user, note and second of another row", "remove it"),
     "time_backwards": ("an earlier time than the row of the same user before it", "sort the log by time"),
@@ -48,13 +48,15 @@ RULES: dict[Rule, tuple[str, str]] = {
 TimeUnit = Literal["s", "ms", "us", "ns"]
 _PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
-MAX_SECONDS = 95_617_584_000  # the year 5000
+MAX_SECONDS = 95_617_584_000  # 5000-01-01
 
-_INTEGER = r"^[+-]?\d{1,18}(\.\d*)?$"
+# The end is \z, as a line break at the end of a text may be before what Java takes for $.
+_INTEGER = r"^[+-]?\d{1,18}(\.\d*)?\z"
+_BELOW_INTEGER = r"^-\d+\.\d*[1-9]"
 # ISO 8601, extended form: a date, or date and time with seconds, a fraction and a zone as one likes.
 _ISO = (
     r"^\d{4}-\d{2}-\d{2}"
-    r"([T ]\d{2}:\d{2}(:\d{2}([.,]\d+)?)?( ?([Zz]|[+-]\d{2}(:?\d{2})?))?)?$"
+    r"([T ]\d{2}:\d{2}(:\d{2}([.,]\d+)?)?( ?([Zz]|[+-]\d{2}(:?\d{2})?))?)?\z"
 )
 
 
@@ -171,24 +173,31 @@ def read_views(
     notes = good.select("note_id").distinct() if known is None else known.select(note_id="known_id")
     notes = engine.number(notes, "note_id", "note")
     people = engine.number(good.select("user_id").distinct(), "user_id", "person")
-    numbered = good.join(notes, "note_id").join(people, "user_id")
-    order = ["file", "block", "position"]
+    files = engine.number(good.select("file").distinct(), "file", "file_number")
+    # From here on, only numbers: what breaks a rule is known by its place, and read again if somebody asks for it.
+    place = ["file_number", "block", "position"]
+    numbered = good.join(notes, "note_id").join(people, "user_id").join(files, "file")
+    numbered = engine.keep(numbered.select("person", "note", *place, timestamp="seconds"))
 
-    before = _.seconds.lag().over(group_by="person", order_by=order)
-    with_order = numbered.select("person", "note", "seconds", *order).mutate(before=before)
-    in_order = numbered.mutate(before=before)
-    broken["time_backwards"] = _count(engine, with_order.filter(_.seconds < _.before))
-    offenders["time_backwards"] = in_order.filter(_.seconds < _.before).select(_PLACE)
+    def rows_at(places: ir.Table) -> ir.Table:
+        wanted = places.join(files, "file_number").select("file", "block", "position")
+        return good.semi_join(wanted, ["file", "block", "position"]).select(_PLACE)
+
+    in_order = numbered.mutate(before=_.timestamp.lag().over(group_by="person", order_by=place))
+    backwards = in_order.filter(_.timestamp < _.before)
+    broken["time_backwards"] = _count(engine, backwards)
+    offenders["time_backwards"] = rows_at(backwards)
     if options.drop_time_backwards:
-        numbered = in_order.filter(~(_.seconds < _.before).fill_null(False)).drop("before")
+        numbered = in_order.filter(~(_.timestamp < _.before).fill_null(False)).drop("before")
 
-    visits = engine.keep(numbered.select("person", "note", timestamp="seconds").distinct())
+    visits = engine.keep(numbered.select("person", "note", "timestamp").distinct())
     kept = _count(engine, visits)
     dropped = broken["time_backwards"] if options.drop_time_backwards else 0
     broken["duplicate_view"] = by_rule.get(None, 0) - dropped - kept
-    copy = ibis.row_number().over(group_by=["person", "note", "seconds"], order_by=order)
-    copies = numbered.mutate(copy=copy)
-    offenders["duplicate_view"] = copies.filter(_["copy"] > 0).select(_PLACE)
+    copies = numbered.mutate(
+        copy=ibis.row_number().over(group_by=["person", "note", "timestamp"], order_by=place)
+    )
+    offenders["duplicate_view"] = rows_at(copies.filter(_["copy"] > 0))
     originals = copies.filter(_["copy"] == 0)
 
     if options.max_user_views_per_day is not None:
@@ -197,19 +206,20 @@ def read_views(
         visits = engine.keep(visits.anti_join(bots, "person"))
         left = _count(engine, visits)
         broken["bot"], kept = kept - left, left
-        offenders["bot"] = originals.semi_join(bots, "person").select(_PLACE)
+        offenders["bot"] = rows_at(originals.semi_join(bots, "person"))
         originals = originals.anti_join(bots, "person")
     if options.max_user_views is not None:
         totals = visits.group_by("person").aggregate(views=_.count())
         eager = engine.keep(totals.filter(_.views > options.max_user_views).select("person"))
         if _count(engine, eager):
-            place = ibis.row_number().over(group_by="person", order_by=[ibis.desc("timestamp"), ibis.desc("note")])
-            latest = visits.semi_join(eager, "person").mutate(place=place).filter(_.place < options.max_user_views)
-            visits = engine.keep(visits.anti_join(eager, "person").union(latest.drop("place")))
+            latest_first = ibis.row_number().over(
+                group_by="person", order_by=[ibis.desc("timestamp"), ibis.desc("note")]
+            )
+            latest = visits.semi_join(eager, "person").mutate(age=latest_first).filter(_.age < options.max_user_views)
+            visits = engine.keep(visits.anti_join(eager, "person").union(latest.drop("age")))
             left = _count(engine, visits)
             broken["user_cap"], kept = kept - left, left
-            stays = visits.select("person", "note", seconds="timestamp")
-            offenders["user_cap"] = originals.anti_join(stays, ["person", "note", "seconds"]).select(_PLACE)
+            offenders["user_cap"] = rows_at(originals.anti_join(visits, ["person", "note", "timestamp"]))
     _refuse(engine, raw, options, broken, offenders)
     if not kept:
         found = ", ".join(f"{count} {rule}" for rule, count in broken.items() if count) or "it is empty"
@@ -299,6 +309,7 @@ def _seconds(time: ir.Value, unit: TimeUnit) -> ir.IntegerValue:
     if time.type().is_integer():
         return _in_seconds(time.cast("int64"), unit)
     whole = time.re_extract(r"^[+-]?\d{1,18}", 0).try_cast("int64")
+    whole = whole - time.re_search(_BELOW_INTEGER).cast("int64")
     return ibis.cases(
         (time.re_search(_INTEGER), _in_seconds(whole, unit)),
         (time.re_search(_ISO), _iso_seconds(time)),

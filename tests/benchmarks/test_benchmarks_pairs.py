@@ -8,7 +8,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from benchmarks import pair_systems
+from benchmarks import pair_systems, spark_shuffle
 from benchmarks import pairs as benchmark
 from benchmarks.measure import Limits, Usage, measure
 from benchmarks.view_log import DAYS, START, LogShape, generate_log
@@ -88,8 +88,8 @@ def run_job(system, log, folder, **settings):
 @pytest.mark.parametrize("score", ["count", "inverse_activity", "cosine", "lift"])
 def test_systems_agree(tmp_path, score):
     log = generate_log(LogShape(3_000), tmp_path)
-    outputs = [run_job(system, log, tmp_path, score=score, min_count=2) for system in SYSTEMS]
-    assert benchmark.count_pairs_of(outputs[0]) > 50
+    outputs = [run_job(system, log, tmp_path, score=score, min_count=15) for system in SYSTEMS]
+    assert benchmark.count_rows(outputs[0]) > 50
     for output in outputs[1:]:
         assert benchmark.count_different(output, outputs[0]) == 0
 
@@ -97,7 +97,7 @@ def test_systems_agree(tmp_path, score):
 def test_what_differs_is_counted(tmp_path):
     log = generate_log(LogShape(3_000), tmp_path)
     expected = run_job("polars", log, tmp_path)
-    total = benchmark.count_pairs_of(expected)
+    total = benchmark.count_rows(expected)
     changes = {
         "score": ("SELECT * REPLACE (score * 1.001 AS score)", total),
         "related": ("SELECT * REPLACE (if(rank = 2, note_id, related_note_id) AS related_note_id)", None),
@@ -122,7 +122,15 @@ def test_the_command_measures_and_prints(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| Views | System | Runs | Time (s)" in text
     assert "| 3,000 | polars | 2 | " in text and "| 3,000 | pandas | 2 | " in text and "counting" in text
-    for fact in ("- command: ", "- commit: ", "- hardware: cpu ", "memory ", "- versions: ", "polars ", "- min_count: 2"):
+    for fact in (
+        "- command: ",
+        "- commit: ",
+        "- hardware: cpu ",
+        " memory ",
+        "- versions: ",
+        " polars ",
+        "- min_count: 2",
+    ):
         assert fact in text
     content = json.loads(output.read_text())
     assert [run["system"] for run in content["runs"]] == ["polars", "pandas"] * 2  # they take turns
@@ -136,7 +144,7 @@ def test_a_wrong_result_fails_the_benchmark(tmp_path, capsys, monkeypatch):
 
     def wrong_for_pandas(system, log, output, args, limits):
         if system == "pandas":
-            args = benchmark.argparse.Namespace(**vars(args) | {"min_count": 2})
+            args = benchmark.argparse.Namespace(**vars(args) | {"score": "cosine"})
         return run_system(system, log, output, args, limits)
 
     monkeypatch.setattr(benchmark, "run_system", wrong_for_pandas)
@@ -203,3 +211,34 @@ def test_options_that_cannot_be_are_refused(capsys):
         with pytest.raises(SystemExit):
             benchmark.main(options)
         assert message in capsys.readouterr().err
+
+
+def event(name, **content):
+    return json.dumps({"Event": name, **content})
+
+
+def stage(number, **metrics):
+    found = [{"Name": f"internal.metrics.{name.replace('_', '.')}", "Value": value} for name, value in metrics.items()]
+    return event("SparkListenerStageCompleted", **{"Stage Info": {"Stage ID": number, "Accumulables": found}})
+
+
+def job(step, *stages):
+    return event("SparkListenerJobStart", **{"Stage IDs": stages, "Properties": {"spark.job.description": step}})
+
+
+def test_shuffled_bytes_are_summed_by_step():
+    lines = [job("counting", 0, 1), stage(0, shuffle_write_bytesWritten=100), stage(1, output_bytesWritten=7)]
+    lines += [job("ranking", 2), stage(2, shuffle_write_bytesWritten=40), job("looking", 3)]
+    lines += [stage(3, shuffle_write_bytesWritten=999)]
+    sums = spark_shuffle.sum_by_step(lines)
+    assert sums["counting"]["shuffle_bytes"] == 100 and sums["counting"]["stored_bytes"] == 7
+    assert sums["ranking"]["shuffle_bytes"] == 40 and sums["reading"]["shuffle_bytes"] == 0
+    table = spark_shuffle.markdown_table(20, {"encounters": 10, "counted": 4}, sums)
+    assert "| all | 0.0 | 0 | 7.0 | 14.00 |" in table
+
+
+def test_the_plan_that_was_run_replaces_the_one_planned():
+    start, update = "org.apache.spark.SparkListenerSQLExecutionStart", "x.SparkListenerSQLAdaptiveExecutionUpdate"
+    lines = [event(start, executionId=3, description="counting", physicalPlanDescription="planned")]
+    lines.append(event(update, executionId=3, physicalPlanDescription="run"))
+    assert spark_shuffle.final_plans(lines) == [("counting", "run")]

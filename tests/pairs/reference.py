@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 
 from datasets import Dataset
@@ -73,7 +73,7 @@ def reference_pairs(rows, options, note_ids=None):
 
 
 def best(scored, of, other, k):
-    """The k best rows of each value in place `of`, with their rank; ties by count, then by the value in place `other`."""
+    """The k best rows of each value in place `of`, with their rank; ties by count, then by the value in `other`."""
     groups = defaultdict(list)
     for row in scored:
         groups[row[of]].append(row)
@@ -102,3 +102,58 @@ def swing_terms(users, notes_of, options):
         1 / (math.sqrt(len(notes_of[u]) * len(notes_of[v])) * (1 + len(notes_of[u] & notes_of[v])))
         for u, v in combinations(least_active, 2)
     ]
+
+
+def reference_views(rows, seconds, options, note_ids=None):
+    """What the rules leave of a log and drop.
+
+    Args:
+        rows: (user, note, time).
+        seconds: the second that each time stands for, or None.
+        options: `ViewOptions`.
+        note_ids: the notes that there are.
+
+    Returns:
+        The views (user, note, second) that are left, and for each rule the places in `rows` of those that broke it.
+    """
+    broken, places_of, good, previous, copies = defaultdict(list), {}, [], {}, set()
+    for place, (user, note, time) in enumerate(rows):
+        second = seconds[time]
+        if not user:
+            broken["empty_user_id"].append(place)
+        elif not note:
+            broken["empty_note_id"].append(place)
+        elif second is None:
+            broken["bad_timestamp"].append(place)
+        elif second < 0 or second > 95_617_584_000:
+            broken["timestamp_range"].append(place)
+        elif note_ids is not None and note not in note_ids:
+            broken["unknown_note"].append(place)
+        else:
+            good.append((place, (user, note, second)))
+    for place, view in good:
+        user, _, second = view
+        backwards = second < previous.get(user, second)
+        previous[user] = second
+        if backwards:
+            broken["time_backwards"].append(place)
+            if options.drop_time_backwards:
+                continue
+        if view in copies:
+            broken["duplicate_view"].append(place)
+        copies.add(view)
+        places_of.setdefault(view, place)
+
+    left = set(places_of)
+    if options.max_user_views_per_day is not None:
+        days = Counter((user, second // 86_400) for user, _, second in left)
+        bots = {user for (user, _), views in days.items() if views > options.max_user_views_per_day}
+        broken["bot"] = sorted(places_of[view] for view in left if view[0] in bots)
+        left = {view for view in left if view[0] not in bots}
+    if options.max_user_views is not None:
+        for user in {user for user, _, _ in left}:
+            latest = sorted((view for view in left if view[0] == user), key=lambda view: (view[2], view[1]))
+            capped = latest[: -options.max_user_views]
+            broken["user_cap"] += [places_of[view] for view in capped]
+            left -= set(capped)
+    return left, {rule: sorted(places) for rule, places in broken.items() if places}

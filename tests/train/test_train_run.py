@@ -11,7 +11,9 @@ import yaml
 from transformers import AutoModel, LlamaConfig
 
 from hub.verify import verify
-from pairs.split import load_split
+from pairs.query import PairOptions
+from pairs.split import SplitOptions, load_split, make_splits
+from pairs.tables import load_notes
 from train.run import main
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -71,6 +73,19 @@ def test_text_only_in_the_simulated_world(tmp_path: Path, capsys: pytest.Capture
     assert model.config.vision_config is None and model.processor.prompt == "text"
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("trained")]
     assert rows == [["trained", "text"]]
+
+
+def test_trains_on_splits_made_before(world_folder: Path, backbones: tuple[Path, Path], tmp_path: Path):
+    notes = load_notes(world_folder / "notes.jsonl")
+    split = SplitOptions(by="time", test_days=10, validation_days=5)
+    make_splits(notes, world_folder / "views.csv", PairOptions(score="swing"), split, tmp_path / "splits")
+    parts = ["--llm", str(backbones[0]), "--vision", str(backbones[1]), "--splits", str(tmp_path / "splits")]
+    main([*FAST, *parts, "--output_dir", str(tmp_path / "run"), "--max_steps", "1"])
+    facts = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["facts"]
+    assert facts["test_notes"] == facts["train_notes"] == len(notes)  # by time, all notes are in all splits
+    assert not (tmp_path / "run" / "data").exists()
+    with pytest.raises(SystemExit, match="no splits.json here"):
+        main([*FAST, *parts[:4], "--splits", str(tmp_path), "--output_dir", str(tmp_path / "other")])
 
 
 def test_warms_up_the_head_and_goes_on_from_a_checkpoint(
