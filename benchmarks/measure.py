@@ -110,11 +110,14 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _kill_all(pid: int) -> None:
-    for process in reversed(_family(pid)):
+    """Kills a process and its children, and waits until the children are gone: the next run shall have their memory."""
+    family = _family(pid)
+    for process in family:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
+    psutil.wait_procs(family[1:], timeout=30)
 
 
 def _disk_bytes(folder: Path) -> int:

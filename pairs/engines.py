@@ -183,8 +183,7 @@ class DuckDBEngine(Engine):
     def read(self, path: str, columns: tuple[str, str, str]) -> ir.Table:
         filesystem, files = _list_files(path)
         kind = _kind_of(path, files)
-        if "file" not in _protocols(filesystem):
-            self.backend.register_filesystem(filesystem)
+        self._register(filesystem)
         names = "[" + ", ".join(map(_quoted, files)) + "]"
         options = f"filename = '{_FILE}', hive_partitioning = true"
         position, there = "row_number() OVER ()", list(columns)
@@ -226,6 +225,11 @@ class DuckDBEngine(Engine):
         except duckdb.Error as error:
             raise ValueError(f"{path}: not readable ({_gist(error)}); repair or convert it.") from error
 
+    def _register(self, filesystem: fsspec.AbstractFileSystem) -> None:
+        names = _protocols(filesystem)
+        if "file" not in names and not any(map(self.backend.con.filesystem_is_registered, names)):
+            self.backend.register_filesystem(filesystem)
+
     def from_arrow(self, table: pa.Table) -> ir.Table:
         return self.backend.create_table(_new_name(), table)
 
@@ -248,8 +252,8 @@ class DuckDBEngine(Engine):
         filesystem, target = fsspec.core.url_to_fs(path)
         if filesystem.exists(target):
             raise ValueError(f"{path}: is there already; remove it or give another path.")
+        self._register(filesystem)
         if "file" not in _protocols(filesystem):
-            self.backend.register_filesystem(filesystem)
             target = filesystem.unstrip_protocol(target)
         filesystem.makedirs(target, exist_ok=True)
         expression.to_parquet(f"{target}/part-0.parquet")
@@ -339,9 +343,8 @@ class SparkEngine(Engine):
             parsed = self._store(frame.select(*chosen, F.col(_CORRUPT)))
         corrupt = parsed.filter(F.col(_CORRUPT).isNotNull()).orderBy("file", "block", "position").limit(1).collect()
         if corrupt:
-            earlier = (F.col("file") == corrupt[0].file) & (
-                F.struct("block", "position") < F.struct(F.lit(corrupt[0].block), F.lit(corrupt[0].position))
-            )
+            in_block = (F.col("block") == corrupt[0].block) & (F.col("position") < corrupt[0].position)
+            earlier = (F.col("file") == corrupt[0].file) & ((F.col("block") < corrupt[0].block) | in_block)
             row = parsed.filter(earlier).count() + 1
             raise ValueError(
                 f"{path}: not readable ({corrupt[0].file}, row {row}: {corrupt[0][_CORRUPT].strip()[:300]!r}); "
@@ -361,7 +364,7 @@ class SparkEngine(Engine):
     def _store(self, frame: "DataFrame") -> "DataFrame":
         path = f"{self._temp_dir}/{_new_name()}"
         frame.write.parquet(path)
-        return self.session.read.parquet(path)
+        return self.session.read.schema(frame.schema).parquet(path)  # known, so that no job has to find it out
 
     def from_arrow(self, table: pa.Table) -> ir.Table:
         return self._from_frame(self._store(self.session.createDataFrame(table)))
@@ -392,7 +395,8 @@ class SparkEngine(Engine):
     def close(self) -> None:
         for name in self._views:
             self.session.catalog.dropTempView(name)
-        hadoop = self.session._jvm.org.apache.hadoop.fs.Path(self._temp_dir)
+        jvm: Any = self.session._jvm
+        hadoop = jvm.org.apache.hadoop.fs.Path(self._temp_dir)
         hadoop.getFileSystem(self.session._jsc.hadoopConfiguration()).delete(hadoop, True)
         self._stack.close()
         if self._opened:

@@ -173,10 +173,12 @@ def count_pairs(
         note, related, count (int64: users who saw the pair, at least `min_count`) and weight (int64, `WHOLE` is 1:
         inverse_activity's or swing's sum, else 0), in both directions where `direction` is "both". Computed already.
     """
+    spans, visits = log.spans, log.visits
     wanted = log.notes.filter(_.users >= options.min_note_users).select("note")
     if eligible is not None:
         wanted = wanted.semi_join(eligible, "note")
-    spans, visits = log.spans.semi_join(wanted, "note"), log.visits.semi_join(wanted, "note")
+    if eligible is not None or options.min_note_users > 1:
+        spans, visits = spans.semi_join(wanted, "note"), visits.semi_join(wanted, "note")
     weights = None
     if options.score == "inverse_activity" or weigh_activity:
         weights = log.people.select("person", weight=(float(WHOLE) / _.activity).floor().cast("int64"))
@@ -233,13 +235,21 @@ def rank_pairs(counted: ir.Table, log: ViewLog, options: PairOptions, engine: En
 def _best(scored: ir.Table, of: str, other: str, k: int, log: ViewLog, engine: Engine) -> ir.Table:
     """The k rows of each `of` with the best score, then count, then the lowest `other`; with their rank, from 1."""
 
-    order = [ibis.desc("score"), ibis.desc("count"), ibis.asc(other)]
+    rank = _row_number().over(
+        # The frame that Spark demands of a row number.
+        ibis.window(group_by=of, order_by=[ibis.desc("score"), ibis.desc("count"), ibis.asc(other)], rows=(None, 0))
+    )
 
     def best(in_part: InPart) -> ir.Table:
-        place = ibis.row_number().over(group_by=of, order_by=order)
-        return in_part(scored).mutate(rank=place).filter(_.rank < k).mutate(rank=(_.rank + 1).cast("int32"))
+        return in_part(scored).mutate(rank=rank).filter(_.rank <= k).mutate(rank=_.rank.cast("int32"))
 
     return _in_parts(best, of, "ranking pairs", log, engine)
+
+
+@ibis.udf.agg.builtin(name="row_number")
+def _row_number() -> int:
+    """The engines' own row number, from 1. Ibis's counts from 0, and Spark, which drops rows before it sends them where
+    a row number is to be at most k, does not see that in `ROW_NUMBER() - 1 < k`."""
 
 
 def _in_parts(compute: Callable[[InPart], ir.Table], column: str, what: str, log: ViewLog, engine: Engine) -> ir.Table:

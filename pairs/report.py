@@ -39,6 +39,7 @@ from pairs.views import RULES, ReadViews, Rule, ViewOptions, broken_rules_text, 
 
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -70,7 +71,7 @@ class Distribution(NamedTuple):
     Attributes:
         number: how many values there are, at least 1.
         min, p25, median, p75, p90, p99, max: quantiles.
-        mean: the mean.
+        mean: the mean, of scores to 12 digits.
     """
 
     number: int
@@ -452,7 +453,7 @@ def _spread_on_engine(
     known = table.aggregate(
         low=_.value.min(), lowest=_.value.min(where=_.value > 0), highest=_.value.max(), mean=_.value.mean()
     )
-    low, lowest, highest, mean = (engine.fetch(known)[i][0].as_py() for i in range(4))
+    low, lowest, highest, mean = (column[0].as_py() for column in engine.fetch(known).columns)
     if lowest is None:  # nothing but zeros
         number = sum(one.number for one in _binned(engine, table, []))
         return Distribution._make([number] + [0.0] * 8), Histogram(number, (), ())
@@ -460,7 +461,8 @@ def _spread_on_engine(
     places = dict(_numbered_bins(engine, table, edges))
     bins = sorted(places.values())
     number = sum(one.number for one in bins)
-    spread = Distribution._make([number, low, *_quantiles(engine, table, bins), highest, mean])
+    # An engine adds in whatever order it likes, which shows in the last digits.
+    spread = Distribution._make([number, low, *_quantiles(engine, table, bins), highest, float(f"{mean:.12g}")])
     counts = tuple(places[i].number if i in places else 0 for i in range(1, len(edges)))
     return spread, Histogram(places[0].number if 0 in places else 0, tuple(edges), counts)
 
@@ -518,7 +520,8 @@ def _quantiles(engine: Engine, table: ir.Table, bins: list[_Bin]) -> list[float]
         else:
             parts = 64 // len(wide)
             edges = {edge for one in wide for edge in np.linspace(one.low, one.high, parts + 1).tolist()}
-            edges |= {float(np.nextafter(one.high, np.inf)) for one in wide}
+            # What was found stays apart from its neighbours: each pass narrows, and there is an end.
+            edges |= {edge for one in holding for edge in (one.low, float(np.nextafter(one.high, np.inf)))}
             bins = _binned(engine, table, sorted(edges))
 
 
@@ -660,8 +663,10 @@ def _need_matplotlib() -> None:
 def _figure(height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DOTS_PER_INCH, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DOTS_PER_INCH, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -673,6 +678,15 @@ def _finish(axes: "Axes", title: str, x_label: str, y_label: str) -> None:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_log_ticks(axis: "Axis") -> None:
+    """1, 2, 5, 10, …: on an axis of less than a decade matplotlib would write 2 × 10⁰ over and over."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_views(report: DataReport) -> "Figure":
@@ -689,6 +703,8 @@ def _draw_views(report: DataReport) -> "Figure":
             axes.plot(ranks, values, label=name, color=color, linestyle=line, linewidth=width, marker=marker)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _plain_log_ticks(axes.xaxis)
+        _plain_log_ticks(axes.yaxis)
         axes.legend(fontsize=10, loc="lower left")
         _finish(axes, title, f"rank among {what} (1: the highest)", f"number per {what.removesuffix('s')} (see legend)")
     return figure
@@ -705,9 +721,10 @@ def _draw_scores(report: DataReport) -> "Figure":
             axes.text(0.5, 0.5, "no pairs" if shown is None else "all are 0", ha="center", transform=axes.transAxes)
         else:
             title += f": median {_short(score.scores.median)}"
-            title += f", {shown.zeros / score.pairs:.0%} are 0 (not shown)" if shown.zeros else ""
+            title += f", {shown.zeros / score.pairs:.0%} are 0" if shown.zeros else ""
             axes.stairs(shown.counts, shown.edges, fill=True, color=_BLUE)
             axes.set_xscale("log")
+            _plain_log_ticks(axes.xaxis)
             if score.scores.median > 0:
                 axes.axvline(score.scores.median, color=_ORANGE, linestyle="--")
         _finish(axes, title, f"score ({units.get(name, 'no unit')})", "pairs")
@@ -727,6 +744,7 @@ def _draw_pairs_per_note(report: DataReport) -> "Figure":
         _finish(axes, f"{name}: {score.notes_without:,} notes have none", "pairs per note", "notes")
         axes.set_yscale("log", nonpositive="clip")  # a few notes with few pairs shall be seen beside thousands
         axes.set_ylim(bottom=0.7)
+        _plain_log_ticks(axes.yaxis)
         axes.tick_params(labelbottom=True, labelleft=True)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in panels[len(report.scores) :]:

@@ -1,4 +1,4 @@
-"""The report's figures equal plain Python, its sentences tell popularity from relatedness, and its files can be read."""
+"""The report's figures equal plain Python, its sentences tell popularity from relatedness, its files can be read."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def assert_spread(spread, values):
     assert (spread.min, spread.max) == (ordered[0], ordered[-1])
     for name, percent in PERCENTS.items():
         assert getattr(spread, name) == ordered[math.ceil(percent * len(ordered) / 100) - 1], name
-    assert spread.mean == pytest.approx(sum(ordered) / len(ordered), rel=1e-12)
+    assert spread.mean == pytest.approx(sum(ordered) / len(ordered), rel=1e-11)
 
 
 def reference_recall(pairs, rows, note_ids, k):
@@ -60,10 +60,10 @@ def reference_recall(pairs, rows, note_ids, k):
 
 
 CASES = [
-    (PairOptions(window_days=1), 2),
+    (PairOptions(window_days=1, top_k=3), 2),
     (PairOptions(window_days=1, direction="forward", top_k=2), 1),
     (PairOptions(window_days=1, min_count=2, max_as_related=2, max_swing_users=2), 3),
-    (PairOptions(window_days=2.75, min_score=0.3, min_note_users=2), 2),
+    (PairOptions(window_days=2.75, min_score=0.3, min_note_users=2, top_k=2), 2),
 ]
 
 
@@ -101,7 +101,7 @@ def test_figures_equal_plain_python(engine, case, with_notes):
     notes = note_ids or set(counted["users per note"])
     assert report.notes == len(notes)
 
-    recalls = set()
+    recalls, others = [], []
     for score in SCORES:
         found, pairs = report.scores[score], reference_pairs(views, replace(options, score=score))
         assert pairs
@@ -124,10 +124,10 @@ def test_figures_equal_plain_python(engine, case, with_notes):
         assert found.popularity.recall == pytest.approx(recall, rel=1e-12)
         assert found.popularity.best == pytest.approx(best, rel=1e-12)
         assert found.popularity.chance == k / (len(notes) - 1)
-        recalls.add(found.popularity.recall)
-        # Negative control: another k would not do.
-        assert recall != pytest.approx(reference_recall(pairs, views, notes, k + 1)[0]) or recall == 1
-    assert len(recalls) > 1
+        recalls.append(found.popularity.recall)
+        others.append(reference_recall(pairs, views, notes, k + 1)[0])
+    assert len(set(recalls)) > 1  # negative controls: another score, or another k, would be found out
+    assert recalls != pytest.approx(others, abs=0.01)
 
 
 def test_a_note_among_the_most_viewed_is_no_answer_to_itself(engine):
@@ -359,7 +359,8 @@ def test_command(log_file, capsys):
     text, plots = written.split("\n## Plots\n")
     assert printed.startswith(text)
     assert len(plots.split()) >= len(PLOTS)
-    assert "80 dropped by unknown_note" in printed and "nobody viewed 1 more" in printed
+    unseen = {f"n{i}" for i in range(20)} - {note for _, note, _ in popular_log()} | {"new"}
+    assert "80 dropped by unknown_note" in printed and f"nobody viewed {len(unseen)} more" in printed
     record = json.loads((log_file / "report" / "report.json").read_text(encoding="utf-8"))
     assert record["k"] == 2 and record["pair_options"]["top_k"] == 4
     assert list(record["scores"]) == ["count", "cosine"]
@@ -390,14 +391,8 @@ def test_help_names_every_option_but_the_score(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     words = capsys.readouterr().out.replace("[", " ").split()
-    for name in (
-        *PairOptions.__dataclass_fields__,
-        *ViewOptions.__dataclass_fields__,
-        "engine",
-        "k",
-        "scores",
-        "notes",
-    ):
+    others = ("engine", "k", "memory_gb", "notes", "output", "scores", "spark_master", "strict", "temp_dir", "views")
+    for name in (*PairOptions.__dataclass_fields__, *ViewOptions.__dataclass_fields__, *others):
         assert ("--" + name.replace("_", "-") in words) == (name != "score"), name
 
 
