@@ -121,8 +121,8 @@ def train_head(
     if not (np.isfinite(train_features).all() and np.isfinite(validation_features).all()):
         raise ValueError("Features contain NaN or infinity: check the encoder that made them.")
     positives = np.concatenate([np.asarray(positions, dtype=np.int64) for positions in train_related])
-    pairs = torch.tensor(np.stack([anchors, positives], axis=1))  # (P, 2)
-    known = RelatedNotes(pairs.tolist(), num_notes=len(train_related))
+    pairs = torch.from_numpy(np.stack([anchors, positives], axis=1))  # (P, 2)
+    known = RelatedNotes(pairs.numpy(), num_notes=len(train_related))
     features = torch.tensor(train_features, dtype=torch.float32)
 
     # The caller's random state is left as it was.

@@ -194,9 +194,7 @@ def read_views(
     kept = _count(engine, visits)
     dropped = broken["time_backwards"] if options.drop_time_backwards else 0
     broken["duplicate_view"] = by_rule.get(None, 0) - dropped - kept
-    copies = numbered.mutate(
-        copy=ibis.row_number().over(group_by=["person", "note", "timestamp"], order_by=place)
-    )
+    copies = numbered.mutate(copy=ibis.row_number().over(group_by=["person", "note", "timestamp"], order_by=place))
     offenders["duplicate_view"] = rows_at(copies.filter(_["copy"] > 0))
     originals = copies.filter(_["copy"] == 0)
 
