@@ -224,9 +224,9 @@ def rank_pairs(counted: ir.Table, log: ViewLog, options: PairOptions, engine: En
         counted = counted.join(users, "note").join(users_of_related, "related")
     scored = counted.select("note", "related", "count", score=_score(counted, options.score, log.num_users))
     if options.min_score > 0:
-        scored = scored.filter(_.score >= options.min_score)
+        scored = scored.filter(_.score >= exactly(options.min_score))
     if options.max_score is not None:
-        scored = scored.filter(_.score <= options.max_score)
+        scored = scored.filter(_.score <= exactly(options.max_score))
     if options.max_as_related is not None:
         scored = _best(scored, "related", "note", options.max_as_related, log, engine).drop("rank")
     return _best(scored, "note", "related", options.top_k, log, engine)
@@ -244,6 +244,11 @@ def _best(scored: ir.Table, of: str, other: str, k: int, log: ViewLog, engine: E
         return in_part(scored).mutate(rank=rank).filter(_.rank <= k).mutate(rank=_.rank.cast("int32"))
 
     return _in_parts(best, of, "ranking pairs", log, engine)
+
+
+def exactly(number: float) -> ir.FloatingValue:
+    """A literal of this very number: DuckDB takes the digits of one for a decimal, which may be a step beside it."""
+    return ibis.literal(repr(float(number))).cast("float64")
 
 
 @ibis.udf.agg.builtin(name="row_number")

@@ -18,10 +18,10 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import ibis
 import numpy as np
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from pairs.build import add_engine_options, add_view_options, opened_engine, parsed_view_options
 from pairs.engines import Engine
 from pairs.options import add_options, parsed_options
-from pairs.query import SECONDS_PER_DAY, PairOptions, Score, ViewLog, count_pairs, rank_pairs
+from pairs.query import SECONDS_PER_DAY, PairOptions, Score, ViewLog, count_pairs, exactly, rank_pairs
 from pairs.tables import load_notes
 from pairs.views import RULES, ReadViews, Rule, ViewOptions, broken_rules_text, read_views
 
@@ -488,16 +488,11 @@ def _numbered_bins(engine: Engine, table: ir.Table, edges: Sequence[float]) -> l
         if first == last:
             return ibis.literal(first, "int32")
         middle = (first + last) // 2
-        return (table.value < _exactly(edges[middle])).ifelse(place(first, middle), place(middle + 1, last))
+        return (table.value < exactly(edges[middle])).ifelse(place(first, middle), place(middle + 1, last))
 
     binned = table.select(value="value", place=place(0, len(edges))).group_by("place")
     rows = engine.fetch(binned.aggregate(low=_.value.min(), high=_.value.max(), number=_.count())).to_pylist()
     return [(int(row["place"]), _Bin(row["low"], row["high"], int(row["number"]))) for row in rows]
-
-
-def _exactly(number: float) -> ir.FloatingValue:
-    """The number itself: DuckDB takes a literal of many digits for a decimal, which may become the next float."""
-    return ibis.literal(repr(float(number))).cast("float64")
 
 
 def _binned(engine: Engine, table: ir.Table, edges: Sequence[float]) -> list[_Bin]:
@@ -513,7 +508,7 @@ def _quantiles(engine: Engine, table: ir.Table, bins: list[_Bin]) -> list[float]
         if not wide:
             return [one.low for one in holding]
         if sum(one.number for one in wide) <= _FETCHED_VALUES:
-            inside = ibis.or_(*(table.value.between(_exactly(one.low), _exactly(one.high)) for one in wide))
+            inside = ibis.or_(*(table.value.between(exactly(one.low), exactly(one.high)) for one in wide))
             counted = engine.fetch(table.filter(inside).group_by("value").aggregate(n=_.count())).to_pylist()
             single = [_Bin(row["value"], row["value"], int(row["n"])) for row in counted]
             bins = sorted([one for one in bins if one not in wide] + single)
@@ -684,7 +679,8 @@ def _plain_log_ticks(axis: "Axis") -> None:
     """1, 2, 5, 10, …: on an axis of less than a decade matplotlib would write 2 × 10⁰ over and over."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high < 1000 * low else (1.0,), numticks=6))
     axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -788,6 +784,7 @@ def main(argv: list[str] | None = None) -> None:
         + "; ".join(f"{name}: {title.lower()}" for name, title in PLOTS.items())
         + ".",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # --score is none of --scores
     )
     parser.add_argument(
         "--views", required=True, help="log of views: a file, a pattern, a folder (also day=…/) or a URL such as s3://…"
@@ -803,8 +800,7 @@ def main(argv: list[str] | None = None) -> None:
         default=list(SCORES),
         help=f"scores to try, of {', '.join(SCORES)}; swing takes the longest",
     )
-    add_options(parser, _options_without_score(), "what makes two notes related (thresholds: of every score)")
-    parser.set_defaults(score="count")  # `parsed_options` wants one; the report takes each of --scores in turn
+    add_options(parser, PairOptions, "what makes two notes related (thresholds: of every score)", leave_out=["score"])
     add_view_options(parser)
     add_engine_options(parser)
     args = parser.parse_args(argv)
@@ -821,16 +817,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     report.write(args.output)
     sys.stdout.write(report.text() + f"\nreport.md, report.json, {', '.join(PLOTS)}: {args.output}\n")
-
-
-def _options_without_score() -> type:
-    """`PairOptions` as far as the command gives them."""
-    kinds = get_type_hints(PairOptions)
-    kept = [one for one in fields(PairOptions) if one.name != "score"]
-    return make_dataclass(
-        "ReportPairOptions",
-        [(one.name, kinds[one.name], field(default=one.default, metadata=one.metadata)) for one in kept],
-    )
 
 
 if __name__ == "__main__":

@@ -170,6 +170,18 @@ def test_histograms_of_integers_have_whole_bounds():
     assert report_module._log_edges(3.0, 48.0, integers=True) == [3, 6, 12, 24, 48, 96]
 
 
+@pytest.mark.parametrize("low, high", [(0.2, 1.1), (1, 3), (1, 2000), (5e-5, 80), (1, 10**8), (1e-9, 1e4)])
+def test_log_axes_have_labels(low, high):
+    axes = report_module._figure(3).subplots()
+    axes.plot([low, high], [1, 1])
+    axes.set_xscale("log")
+    report_module._plain_log_ticks(axes.xaxis)
+    axes.figure.canvas.draw()
+    start, end = axes.get_xlim()
+    labels = [one.get_text() for one in axes.get_xticklabels() if start <= one.get_position()[0] <= end]
+    assert 2 <= len(labels) <= 10 and all(labels)
+
+
 def test_bad_rows_are_told_by_rule(engine):
     rows = [("u", "a", 5), ("u", "b", 3), ("", "a", 1), ("v", "a", 1), ("v", "a", 1), ("v", "c", 2), ("v", "b", -1)]
     texts = {}
