@@ -228,17 +228,19 @@ def rank_pairs(counted: ir.Table, log: ViewLog, options: PairOptions, engine: En
     if options.max_score is not None:
         scored = scored.filter(_.score <= exactly(options.max_score))
     if options.max_as_related is not None:
-        scored = _best(scored, "related", "note", options.max_as_related, log, engine).drop("rank")
-    return _best(scored, "note", "related", options.top_k, log, engine)
+        scored = _best(scored, "related", "note", options.max_as_related, options, log, engine).drop("rank")
+    return _best(scored, "note", "related", options.top_k, options, log, engine)
 
 
-def _best(scored: ir.Table, of: str, other: str, k: int, log: ViewLog, engine: Engine) -> ir.Table:
+def _best(
+    scored: ir.Table, of: str, other: str, k: int, options: PairOptions, log: ViewLog, engine: Engine
+) -> ir.Table:
     """The k rows of each `of` with the best score, then count, then the lowest `other`; with their rank, from 1."""
-
-    rank = _row_number().over(
-        # The frame that Spark demands of a row number.
-        ibis.window(group_by=of, order_by=[ibis.desc("score"), ibis.desc("count"), ibis.asc(other)], rows=(None, 0))
-    )
+    order = [ibis.desc("count"), ibis.asc(other)]
+    if options.score != "count":  # which is the count: a key less to sort by
+        order = [ibis.desc("score"), *order]
+    # The frame is the one that Spark demands of a row number.
+    rank = _row_number().over(ibis.window(group_by=of, order_by=order, rows=(None, 0)))
 
     def best(in_part: InPart) -> ir.Table:
         return in_part(scored).mutate(rank=rank).filter(_.rank <= k).mutate(rank=_.rank.cast("int32"))
