@@ -17,7 +17,7 @@ from datasets import Dataset
 from ibis import _
 
 from pairs.engines import Engine, EngineName, connect
-from pairs.files import WRITABLE
+from pairs.files import refuse_unwritable
 from pairs.options import add_options, parsed_options
 from pairs.query import PairOptions, count_pairs, name_pairs, rank_pairs, related_pairs
 from pairs.tables import load_notes, write_table
@@ -117,25 +117,28 @@ def main(argv: list[str] | None = None) -> None:
     add_view_options(parser)
     add_engine_options(parser)
     args = parser.parse_args(argv)
+    in_one_file = bool(Path(args.output).suffix)
     try:
         options, view_options = parsed_options(args, PairOptions), parsed_view_options(args)
         note_ids = load_notes(args.notes)["note_id"] if args.notes else None
+        # Before the work, not after it.
+        for path in [args.output] * in_one_file + [args.offenders] * bool(args.offenders):
+            refuse_unwritable(path)
         with opened_engine(args) as engine:
+            if not in_one_file:
+                engine.refuse_existing(args.output)
             views = read_views(engine, args.views, view_options, note_ids)
             sys.stdout.write(broken_rules_text(views, view_options) + "\n")
             if args.offenders:
                 write_table(Dataset(engine.fetch(list_offenders(views))), args.offenders)
             ranked = rank_pairs(count_pairs(views.log, options, engine), views.log, options, engine)
             pairs = name_pairs(ranked, views.log)
-            if Path(args.output).suffix in WRITABLE:
+            if in_one_file:
                 write_table(Dataset(engine.fetch(pairs)), args.output)
             else:
                 engine.write_folder(pairs, args.output)
             viewed = views.log.notes.filter(_.users > 0)
-            notes, rows, with_pairs = (
-                int(engine.fetch(table.aggregate(n=_.count()))["n"][0].as_py())
-                for table in (viewed, ranked, ranked.filter(_.rank == 1))
-            )
+            notes, rows, with_pairs = (engine.count(table) for table in (viewed, ranked, ranked.filter(_.rank == 1)))
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     sys.stdout.write(

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -51,11 +51,14 @@ class Engine(ABC):
     Attributes:
         name: "duckdb" or "spark".
         backend: the Ibis backend.
+        drops_rows_before_it_sorts: whether it keeps only the best rows of each group as it reads them, where a row
+            number is to be at most k.
         show_progress: whether long work shows a progress bar.
     """
 
     name: EngineName
     backend: Any
+    drops_rows_before_it_sorts: bool
     show_progress: bool
 
     @abstractmethod
@@ -100,9 +103,17 @@ class Engine(ABC):
         """In how many parts to count so many encounters, so that the counts of one part fit in memory."""
         return 1
 
+    @abstractmethod
     def fetch(self, expression: ir.Table) -> pa.Table:
         """The result, in memory."""
-        return expression.to_pyarrow()
+
+    def count(self, expression: ir.Table) -> int:
+        """The number of rows."""
+        return int(self.fetch(expression.aggregate(rows=expression.count()))["rows"][0].as_py())
+
+    @abstractmethod
+    def refuse_existing(self, path: str) -> None:
+        """Raises ValueError where `write_folder` could not write to `path` because something is there."""
 
     @abstractmethod
     def write_folder(self, expression: ir.Table, path: str) -> None:
@@ -164,6 +175,7 @@ class DuckDBEngine(Engine):
     """DuckDB in this process, with a database file for what does not fit in memory."""
 
     name = "duckdb"
+    drops_rows_before_it_sorts = False
 
     def __init__(self, memory_gb: float, temp_dir: str | None, show_progress: bool) -> None:
         # A database of its own for every engine, and nothing left of it: these are no tables that anybody shall find.
@@ -185,7 +197,7 @@ class DuckDBEngine(Engine):
         kind = _kind_of(path, files)
         self._register(filesystem)
         names = "[" + ", ".join(map(_quoted, files)) + "]"
-        options = f"filename = '{_FILE}', hive_partitioning = true"
+        options = f"filename = '{_FILE}', hive_partitioning = true, hive_types_autocast = false"
         position, there = "row_number() OVER ()", list(columns)
         if kind == "parquet":
             source = f"read_parquet({names}, {options}, union_by_name = true, file_row_number = true)"
@@ -237,7 +249,8 @@ class DuckDBEngine(Engine):
         # A hash join of rows that lie as their keys do is four times as fast: the processor's cache holds what it
         # needs.
         ordered = expression if cluster_by is None else expression.order_by(cluster_by)
-        return self.backend.create_table(_new_name(), ordered)
+        with self._errors():
+            return self.backend.create_table(_new_name(), ordered)
 
     def parts_of(self, encounters: int) -> int:
         # Measured on a power law of popularity: a fifth as many pairs as encounters, 40 to 80 bytes each in a hash
@@ -248,15 +261,34 @@ class DuckDBEngine(Engine):
         number = ibis.row_number().over(order_by=column).cast("int32")
         return self.keep(ids.mutate(number.name(name)))
 
-    def write_folder(self, expression: ir.Table, path: str) -> None:
+    def fetch(self, expression: ir.Table) -> pa.Table:
+        with self._errors():
+            return expression.to_pyarrow()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except duckdb.Error as error:
+            raise ValueError(
+                f"DuckDB cannot compute this ({_gist(error)}); where memory or disk is short, see memory_gb="
+                f"{self._memory_gb} and temp_dir, and bound the work with min_count, min_note_users or max_user_views."
+            ) from error
+
+    def refuse_existing(self, path: str) -> None:
         filesystem, target = fsspec.core.url_to_fs(path)
         if filesystem.exists(target):
             raise ValueError(f"{path}: is there already; remove it or give another path.")
+
+    def write_folder(self, expression: ir.Table, path: str) -> None:
+        self.refuse_existing(path)
+        filesystem, target = fsspec.core.url_to_fs(path)
         self._register(filesystem)
         if "file" not in _protocols(filesystem):
             target = filesystem.unstrip_protocol(target)
         filesystem.makedirs(target, exist_ok=True)
-        expression.to_parquet(f"{target}/part-0.parquet")
+        with self._errors():
+            expression.to_parquet(f"{target}/part-0.parquet")
 
     def close(self) -> None:
         self.backend.disconnect()
@@ -267,6 +299,7 @@ class SparkEngine(Engine):
     """Spark. Intermediate tables are Parquet files: unlike a cache, no lost machine makes Spark compute them anew."""
 
     name = "spark"
+    drops_rows_before_it_sorts = True  # WindowGroupLimit
 
     def __init__(
         self,
@@ -293,13 +326,24 @@ class SparkEngine(Engine):
                 f"spark_master={master!r}: a session on {running.conf.get('spark.master', None)!r} is open in this "
                 "process; stop it, or leave spark_master out to use it."
             )
+        if not hasattr(running, "_jvm"):
+            raise ValueError("spark_session: a Spark Connect session cannot be used; give a session of its driver.")
         self.session = running
         self._stack = ExitStack()
-        # A user's own session gets its settings back. Times are UTC whatever the cluster's zone.
+        where = running.conf.get("spark.master", None) or ""
+        is_shared = temp_dir is not None and "://" in temp_dir and not temp_dir.startswith("file:")
+        if not (where.startswith("local") or is_shared):
+            # Each machine would write its part to a disk of its own, and what is read back would lack rows.
+            raise ValueError(
+                f"temp_dir={temp_dir!r}: Spark on {where!r} needs a folder that all its machines reach, such as "
+                "hdfs:///tmp/pairs or s3a://bucket/tmp."
+            )
+        # A user's own session gets its settings back.
         wanted = {
-            "spark.sql.session.timeZone": "UTC",
-            "spark.sql.mapKeyDedupPolicy": "LAST_WIN",
-        }  # Ibis sets the latter
+            "spark.sql.session.timeZone": "UTC",  # whatever the cluster's zone
+            "spark.sql.sources.partitionColumnTypeInference.enabled": "false",  # an id 007 in a path stays one
+            "spark.sql.mapKeyDedupPolicy": "LAST_WIN",  # Ibis sets it
+        }
         self._stack.enter_context(_settings(self.session, wanted))
         if temp_dir is None:
             temp_dir = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="notellm2-pairs-"))
@@ -370,11 +414,16 @@ class SparkEngine(Engine):
         return self._from_frame(self._store(self.session.createDataFrame(table)))
 
     def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
-        return self._from_frame(self._store(self._frame(expression)))
+        with self._errors():
+            return self._from_frame(self._store(self._frame(expression)))
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return _spark_errors("Spark", "cannot compute this", "its log says more; is memory or disk short?")
 
     def fetch(self, expression: ir.Table) -> pa.Table:
         # Ibis would go through pandas, which takes more memory and makes floating-point numbers of integers with nulls.
-        return self._frame(expression).toArrow().cast(expression.schema().to_pyarrow())
+        with self._errors():
+            return self._frame(expression).toArrow().cast(expression.schema().to_pyarrow())
 
     def number(self, ids: ir.Table, column: str, name: str) -> ir.Table:
         from pyspark.sql import functions as F
@@ -382,22 +431,30 @@ class SparkEngine(Engine):
         # A sort gives each partition a range of ids, and the numbers rise from partition to partition: no single
         # machine has to see all ids, as the window function of a row number would want.
         frame = self._frame(ids).orderBy(column).withColumn(name, F.monotonically_increasing_id())
-        return self._from_frame(self._store(frame))
+        with self._errors():
+            return self._from_frame(self._store(frame))
+
+    def refuse_existing(self, path: str) -> None:
+        filesystem, target = self._hadoop(path)
+        if filesystem.exists(target):
+            raise ValueError(f"{path}: is there already; remove it or give another path.")
 
     def write_folder(self, expression: ir.Table, path: str) -> None:
-        from pyspark.errors import AnalysisException
-
-        try:
+        self.refuse_existing(path)
+        with _spark_errors(path, "cannot be written", "may this user write there?"):
             self._frame(expression).write.parquet(path)
-        except AnalysisException as error:
-            raise ValueError(f"{path}: is there already; remove it or give another path.") from error
+
+    def _hadoop(self, path: str) -> tuple[Any, Any]:
+        """Hadoop's file system of a path, and the path there."""
+        jvm: Any = self.session._jvm
+        target = jvm.org.apache.hadoop.fs.Path(path)
+        return target.getFileSystem(self.session._jsc.hadoopConfiguration()), target
 
     def close(self) -> None:
         for name in self._views:
             self.session.catalog.dropTempView(name)
-        jvm: Any = self.session._jvm
-        hadoop = jvm.org.apache.hadoop.fs.Path(self._temp_dir)
-        hadoop.getFileSystem(self.session._jsc.hadoopConfiguration()).delete(hadoop, True)
+        filesystem, target = self._hadoop(self._temp_dir)
+        filesystem.delete(target, True)
         self._stack.close()
         if self._opened:
             self.session.stop()
@@ -416,6 +473,7 @@ def _new_session(master: str | None, memory_gb: float, show_progress: bool) -> "
             builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.ui.enabled", "false")
             builder = builder.config("spark.driver.bindAddress", "127.0.0.1")
             builder = builder.config("spark.sql.shuffle.partitions", "8")
+            builder = builder.config("spark.sql.warehouse.dir", tempfile.gettempdir())  # and not a folder made here
     try:
         return builder.getOrCreate()
     except PySparkRuntimeError as error:
@@ -511,8 +569,8 @@ def _spark_files(session: "SparkSession", path: str) -> list[str]:
 
 
 @contextmanager
-def _spark_errors(path: str) -> Iterator[None]:
-    """Makes one line about `path` of the errors that come from a JVM with its stack."""
+def _spark_errors(about: str, what: str = "not readable", remedy: str = "repair or convert it.") -> Iterator[None]:
+    """Makes one line of the errors that come from a JVM with its stack."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
@@ -522,7 +580,7 @@ def _spark_errors(path: str) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         causes = [line for line in lines if line.startswith(("Caused by:", ": "))]
         said = "; ".join(line[:300] for line in [*lines[:1], *causes[-1:]])
-        raise ValueError(f"{path}: not readable ({said}); repair or convert it.") from error
+        raise ValueError(f"{about}: {what} ({said}); {remedy}") from error
 
 
 def _kind_of(path: str, files: list[str]) -> str:

@@ -77,9 +77,8 @@ def write_file(batches: Iterator[pa.Table], schema: pa.Schema, path: str | Path)
         ValueError: the ending is another one, or a column cannot be said in this kind of file (lists in CSV, bytes in
             JSON lines).
     """
+    refuse_unwritable(path)
     target = Path(path)
-    if target.suffix not in _WRITERS:
-        raise ValueError(f"{path}: unknown kind of table {target.suffix!r}; use one of {', '.join(_WRITERS)}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
@@ -92,6 +91,14 @@ def write_file(batches: Iterator[pa.Table], schema: pa.Schema, path: str | Path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raises ValueError where `write_file` could not write to `path`: for a URL, and for an unknown ending."""
+    if "://" in str(path):
+        raise ValueError(f"{path}: a single file is written to this machine; give a path, or a URL without an ending.")
+    if Path(path).suffix not in _WRITERS:
+        raise ValueError(f"{path}: unknown kind of table {Path(path).suffix!r}; use one of {', '.join(_WRITERS)}.")
 
 
 def _may_be_hub_id(path: str | Path) -> bool:
@@ -187,4 +194,3 @@ _WRITERS: dict[str, Callable[[Iterator[pa.Table], pa.Schema, Path], None]] = {
     ".parquet": _write_parquet,
     ".arrow": _write_arrow,
 }
-WRITABLE = tuple(_WRITERS)

@@ -81,8 +81,8 @@ class PairOptions:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.window_days < 100_000:  # also refuses nan
-            raise ValueError(f"window_days={self.window_days}: give a number of days above 0 and below 100000.")
+        if not 1 / SECONDS_PER_DAY <= self.window_days < 100_000:  # also refuses nan
+            raise ValueError(f"window_days={self.window_days}: give a second at least and less than 100000 days.")
         for name, value, allowed in (("direction", self.direction, Direction), ("score", self.score, Score)):
             if value not in get_args(allowed):
                 raise ValueError(f"{name}={value!r}: use one of {get_args(allowed)}.")
@@ -98,7 +98,7 @@ class PairOptions:
     @property
     def window_seconds(self) -> int:
         """The window in whole seconds, in which time is counted."""
-        return int(self.window_days * SECONDS_PER_DAY)
+        return round(self.window_days * SECONDS_PER_DAY)
 
 
 class ViewLog(NamedTuple):
@@ -228,24 +228,32 @@ def rank_pairs(counted: ir.Table, log: ViewLog, options: PairOptions, engine: En
     if options.max_score is not None:
         scored = scored.filter(_.score <= exactly(options.max_score))
     if options.max_as_related is not None:
-        scored = _best(scored, "related", "note", options.max_as_related, options, log, engine).drop("rank")
-    return _best(scored, "note", "related", options.top_k, options, log, engine)
+        scored = _best(scored, "related", "note", options.max_as_related, options, engine).drop("rank")
+    return _best(scored, "note", "related", options.top_k, options, engine)
 
 
-def _best(
-    scored: ir.Table, of: str, other: str, k: int, options: PairOptions, log: ViewLog, engine: Engine
-) -> ir.Table:
+def _best(scored: ir.Table, of: str, other: str, k: int, options: PairOptions, engine: Engine) -> ir.Table:
     """The k rows of each `of` with the best score, then count, then the lowest `other`; with their rank, from 1."""
     order = [ibis.desc("count"), ibis.asc(other)]
     if options.score != "count":  # which is the count: a key less to sort by
         order = [ibis.desc("score"), *order]
     # The frame is the one that Spark demands of a row number.
     rank = _row_number().over(ibis.window(group_by=of, order_by=order, rows=(None, 0)))
+    if engine.drops_rows_before_it_sorts:
+        return engine.keep(scored.mutate(rank=rank).filter(_.rank <= k).mutate(rank=_.rank.cast("int32")))
+    # Reading twice costs less than sorting all: the first time finds a bound that the k best of each `of` reach.
+    scored = scored.mutate(step=_step(scored.score))
+    steps = scored.group_by(of, "step").aggregate(rows=_.count())
+    better = _.rows.sum().over(ibis.window(group_by=of, order_by=ibis.desc("step"), rows=(None, -1)))
+    reached = steps.mutate(better=better.fill_null(0)).filter(_.better < k)
+    bounds = engine.keep(reached.group_by(of).aggregate(bound=_.step.min()))
+    promising = scored.join(bounds, of).filter(_.step >= _.bound).drop("step", "bound")
+    return engine.keep(promising.mutate(rank=rank).filter(_.rank <= k).mutate(rank=_.rank.cast("int32")))
 
-    def best(in_part: InPart) -> ir.Table:
-        return in_part(scored).mutate(rank=rank).filter(_.rank <= k).mutate(rank=_.rank.cast("int32"))
 
-    return _in_parts(best, of, "ranking pairs", log, engine)
+def _step(score: ir.FloatingValue) -> ir.IntegerValue:
+    """Quarters of a doubling, rounded down: rises with the score, and takes few values. 0 comes before all of them."""
+    return ibis.cases((score > 0, (score.log2() * 4).floor().cast("int64")), else_=-(10**6))
 
 
 def exactly(number: float) -> ir.FloatingValue:

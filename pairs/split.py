@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -74,9 +75,9 @@ class SplitOptions:
             share = getattr(self, name)
             if not 0 <= share < 1:
                 raise ValueError(f"{name}={share}: give a share of the notes, at least 0 and below 1.")
-        for name, lowest in (("validation_days", 0.0), ("test_days", 0.0)):
+        for name in ("validation_days", "test_days"):
             days = getattr(self, name)
-            if not lowest <= days < 100_000:
+            if not 0 <= days < 100_000:
                 raise ValueError(f"{name}={days}: give a number of days, at least 0.")
 
 
@@ -133,7 +134,8 @@ def make_splits(
         notes: a table as from `load_notes`; its rows keep their order within a split.
         views: a path or URL, or a table in memory, with a user's id, a note's id and a time in each row.
         options: what makes two notes related. By note, users of a note and activity of a user are counted over the
-            views of all notes; by time, over those of the split's period, as the future is not known in training.
+            views of all notes; by time, over those of the split's period, as the future is not known in training. The
+            rules of `view_options` look at the whole log: who is a bot in the test's days is none in training, either.
         split: what is kept for validation and test.
         output_dir: made if it is not there; files of an earlier split are replaced.
         view_options: where `views` has them, and which of them count; None: the defaults.
@@ -156,7 +158,6 @@ def make_splits(
         with connect() as engine:
             return make_splits(notes, views, options, split, output_dir, view_options=view_options, engine=engine)
     output, view_options = Path(output_dir), view_options or ViewOptions()
-    (output / "splits.json").unlink(missing_ok=True)  # nobody shall load a half-replaced split
     note_ids = to_arrow(notes.select_columns("note_id"))["note_id"]
     parts = dict.fromkeys(SPLITS, note_ids)
     if split.by != "time":
@@ -179,12 +180,13 @@ def make_splits(
             trained = ranked["train"].select("note", "related")
             trained = trained.union(trained.select(note="related", related="note"))
             new = engine.keep(counted.anti_join(trained, ["note", "related"]))
-            known[name] = _count(engine, counted) - _count(engine, new)
+            known[name] = engine.count(counted) - engine.count(new)
             counted = new
         ranked[name] = rank_pairs(counted, logs[name], options, engine)
     unsplit = rank_pairs(count_pairs(read.log, options, engine), read.log, options, engine)
-    across = _count(engine, unsplit.anti_join(ibis.union(*inside), ["note", "related"]))
+    across = engine.count(unsplit.anti_join(ibis.union(*inside), ["note", "related"]))
 
+    (output / "splits.json").unlink(missing_ok=True)  # nobody shall load a half-replaced split
     users = engine.fetch(logs["train"].notes.select("note_id", "users"))
     counts: dict[str, dict[str, int]] = {}
     for name in SPLITS:
@@ -232,11 +234,14 @@ def _logs(log: ViewLog, split: SplitOptions, engine: Engine) -> tuple[dict[str, 
         name: view_log(engine.keep(log.visits.filter((_.timestamp >= start) & (_.timestamp < stop))), log.notes, engine)
         for name, (start, stop) in periods.items()
     }
+    for name, (start, stop) in periods.items():
+        if stop > start and not logs[name].num_users:
+            bounds = [datetime.fromtimestamp(second, UTC).isoformat() for second in (start, stop)]
+            raise ValueError(
+                f"{name}: there is no view from {bounds[0]} to {bounds[1]}; is a time of the log wrong? Else change "
+                f"validation_days={split.validation_days} or test_days={split.test_days}."
+            )
     return logs, periods
-
-
-def _count(engine: Engine, table: ir.Table) -> int:
-    return int(engine.fetch(table.aggregate(count=_.count()))["count"][0].as_py())
 
 
 def load_split(directory: str | Path, name: str) -> NotesAndPairs:

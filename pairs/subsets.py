@@ -18,7 +18,7 @@ from pairs.tables import TEXT_COLUMNS
 Popularity = Literal["head", "torso", "tail", "cold"]
 
 SHORT_SHARE = 0.25
-# Head: the most viewed notes that together have half of the views; torso: the next ones, up to four fifths.
+# Head: the notes with most users, which together have half of the users of all notes; torso: up to four fifths.
 HEAD_SHARE = 0.5
 TORSO_SHARE = 0.8
 
@@ -46,16 +46,12 @@ def popularity_classes(users: np.ndarray) -> np.ndarray:
         `HEAD_SHARE` of all, "torso" for the next ones up to `TORSO_SHARE`, "tail" for the rest. Notes with equally many
         users are in the same class, the more popular one.
     """
-    classes = np.full(len(users), "tail", dtype="<U5")
-    classes[users == 0] = "cold"
-    counts = np.unique(users[users > 0])[::-1]
-    total, before = int(users.sum()), 0
-    for count in counts:  # from the most viewed: a class begins while its share is not yet reached
-        share = before / total
-        if share < TORSO_SHARE:
-            classes[users == count] = "head" if share < HEAD_SHARE else "torso"
-        before += int(users[users == count].sum())
-    return classes
+    counts, place, notes = np.unique(users, return_inverse=True, return_counts=True)
+    views = counts * notes
+    # For each count, the share of the users of all notes that have more: a class begins before its share is reached.
+    before = (views[::-1].cumsum()[::-1] - views) / max(int(views.sum()), 1)
+    names = np.select([counts == 0, before < HEAD_SHARE, before < TORSO_SHARE], ["cold", "head", "torso"], "tail")
+    return names[place]
 
 
 def pair_subsets(pairs: Dataset, notes: Dataset, users: pa.Table) -> Dataset:

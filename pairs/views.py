@@ -1,11 +1,13 @@
 """Views made good: bad rows found, counted by rule, and dropped or refused, the same way on every engine.
 
-A row that is dropped is dropped by exactly one rule, the first of `RULES` that it breaks. Nothing else is lost:
-views read = views kept + the sum of what the rules dropped.
+A row that is dropped is dropped by exactly one rule, the first of `RULES` that it breaks; one that is told of under
+time_backwards, where that rule only counts, may be dropped by a later one. Nothing else is lost: views read = views
+kept + the sum of what the rules dropped.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -26,8 +28,8 @@ Rule = Literal[
     "bad_timestamp",
     "timestamp_range",
     "unknown_note",
-    "duplicate_view",
     "time_backwards",
+    "duplicate_view",
     "bot",
     "user_cap",
 ]
@@ -39,8 +41,8 @@ RULES: dict[Rule, tuple[str, str]] = {
     "bad_timestamp": ("a timestamp that cannot be read", "give whole seconds since 1970 or ISO 8601"),
     "timestamp_range": ("a time before 1970 or after 5000-01-01", "is the unit of time right?"),
     "unknown_note": ("a note that the notes lack", "add the note, or leave the notes out"),
-    "duplicate_view": ("the user, note and second of another row", "remove it"),
     "time_backwards": ("an earlier time than the row of the same user before it", "sort the log by time"),
+    "duplicate_view": ("the user, note and second of another row", "remove it"),
     "bot": ("a user with more views in a day than people have", "see max_user_views_per_day"),
     "user_cap": ("a user with more views than wanted, of which the latest are kept", "see max_user_views"),
 }
@@ -122,6 +124,8 @@ class ReadViews(NamedTuple):
         offenders: for each of `RULES` these rows: user_id, note_id, timestamp (string, as they were read), file
             (string), block, position. Not computed; `list_offenders` makes one table of them.
         raw: all rows: file, block, position, and more.
+        first: time of the first view in `log`, seconds since 1970 (UTC).
+        last: that of the last one.
     """
 
     log: ViewLog
@@ -130,6 +134,8 @@ class ReadViews(NamedTuple):
     broken: dict[Rule, int]
     offenders: dict[Rule, ir.Table]
     raw: ir.Table
+    first: int
+    last: int
 
 
 def read_views(
@@ -163,6 +169,8 @@ def read_views(
         known = engine.from_arrow(pa.table({"known_id": ids}))
         parsed = parsed.left_join(known, parsed.note_id == known.known_id)
         judged = parsed.mutate(rule=_rule_of(parsed, parsed.known_id.notnull())).drop("known_id")
+    if raw.timestamp.type().is_string():
+        judged = engine.keep(judged)  # texts are parsed once, not in every query
     by_rule = _column_pairs(engine, judged.group_by("rule").aggregate(rows=_.count()))
     rows = sum(by_rule.values())
     good = judged.filter(_.rule.isnull()).drop("rule")
@@ -178,6 +186,8 @@ def read_views(
     place = ["file_number", "block", "position"]
     numbered = good.join(notes, "note_id").join(people, "user_id").join(files, "file")
     numbered = engine.keep(numbered.select("person", "note", *place, timestamp="seconds"))
+    if engine.count(numbered) != by_rule.get(None, 0):
+        raise ValueError(f"{_name_of(source)}: changed while it was read; read it again when nobody writes to it.")
 
     def rows_at(places: ir.Table) -> ir.Table:
         wanted = places.join(files, "file_number").select("file", "block", "position")
@@ -185,13 +195,13 @@ def read_views(
 
     in_order = numbered.mutate(before=_.timestamp.lag().over(group_by="person", order_by=place))
     backwards = in_order.filter(_.timestamp < _.before)
-    broken["time_backwards"] = _count(engine, backwards)
+    broken["time_backwards"] = engine.count(backwards)
     offenders["time_backwards"] = rows_at(backwards)
     if options.drop_time_backwards:
         numbered = in_order.filter(~(_.timestamp < _.before).fill_null(False)).drop("before")
 
     visits = engine.keep(numbered.select("person", "note", "timestamp").distinct())
-    kept = _count(engine, visits)
+    kept = engine.count(visits)
     dropped = broken["time_backwards"] if options.drop_time_backwards else 0
     broken["duplicate_view"] = by_rule.get(None, 0) - dropped - kept
     copies = numbered.mutate(copy=ibis.row_number().over(group_by=["person", "note", "timestamp"], order_by=place))
@@ -202,32 +212,37 @@ def read_views(
         days = visits.group_by("person", day=(_.timestamp - _.timestamp % SECONDS_PER_DAY)).aggregate(views=_.count())
         bots = engine.keep(days.filter(_.views > options.max_user_views_per_day).select("person").distinct())
         visits = engine.keep(visits.anti_join(bots, "person"))
-        left = _count(engine, visits)
+        left = engine.count(visits)
         broken["bot"], kept = kept - left, left
         offenders["bot"] = rows_at(originals.semi_join(bots, "person"))
         originals = originals.anti_join(bots, "person")
     if options.max_user_views is not None:
         totals = visits.group_by("person").aggregate(views=_.count())
         eager = engine.keep(totals.filter(_.views > options.max_user_views).select("person"))
-        if _count(engine, eager):
+        if engine.count(eager):
             latest_first = ibis.row_number().over(
                 group_by="person", order_by=[ibis.desc("timestamp"), ibis.desc("note")]
             )
             latest = visits.semi_join(eager, "person").mutate(age=latest_first).filter(_.age < options.max_user_views)
             visits = engine.keep(visits.anti_join(eager, "person").union(latest.drop("age")))
-            left = _count(engine, visits)
+            left = engine.count(visits)
             broken["user_cap"], kept = kept - left, left
             offenders["user_cap"] = rows_at(originals.anti_join(visits, ["person", "note", "timestamp"]))
     _refuse(engine, raw, options, broken, offenders)
     if not kept:
         found = ", ".join(f"{count} {rule}" for rule, count in broken.items() if count) or "it is empty"
         raise ValueError(f"{_name_of(source)}: no view is left of {rows} rows ({found}): see the log and the options.")
-    return ReadViews(view_log(visits, notes, engine), rows, kept, broken, offenders, raw)
+    log = view_log(visits, notes, engine)
+    first, last = (
+        engine.fetch(visits.aggregate(first=_.timestamp.min(), last=_.timestamp.max())).to_pylist()[0].values()
+    )
+    return ReadViews(log, rows, kept, broken, offenders, raw, first, last)
 
 
 def broken_rules_text(views: ReadViews, options: ViewOptions) -> str:
     """What was read, kept and found, a line each; rules that nothing broke are left out."""
-    lines = [f"{views.rows:>12,} rows read, {views.kept:,} views kept"]
+    days = [datetime.fromtimestamp(second, UTC).date() for second in (views.first, views.last)]
+    lines = [f"{views.rows:>12,} rows read, {views.kept:,} views kept, from {days[0]} to {days[1]}"]
     for rule, count in views.broken.items():
         if count:
             kept = rule == "time_backwards" and not options.drop_time_backwards
@@ -382,10 +397,6 @@ def _iso_seconds(time: ir.StringValue) -> ir.IntegerValue:
     )
 
 
-def _count(engine: Engine, table: ir.Table) -> int:
-    return int(engine.fetch(table.aggregate(count=_.count()))["count"][0].as_py())
-
-
 def _column_pairs(engine: Engine, table: ir.Table) -> dict[str | None, int]:
     first, second = (column.to_pylist() for column in engine.fetch(table).columns)
     return dict(zip(first, second, strict=True))
@@ -405,7 +416,7 @@ def _refuse(
         first = engine.fetch(offenders[rule].order_by("file", "block", "position").limit(1)).to_pylist()[0]
         file, block, position = first["file"], first["block"], first["position"]
         earlier = (_.file == file) & ((_.block < block) | ((_.block == block) & (_.position < position)))
-        row = _count(engine, raw.filter(earlier)) + 1
+        row = engine.count(raw.filter(earlier)) + 1
         what, remedy = RULES[rule]
         shown = {name: first[name] for name in ("user_id", "note_id", "timestamp")}
         raise ValueError(

@@ -36,7 +36,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Folder that python -m pairs.split wrote (there with all its options, and on Spark, too), in place "
-            "of notes and views; the pair and split settings here are then not used."
+            "of notes and views, over which it wins; the pair and split settings here are then not used."
         },
     )
     num_simulated_notes: int = field(default=2000, metadata={"help": "Size of the simulated world."})
@@ -71,8 +71,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if (self.notes is None) != (self.views is None):
             raise ValueError(f"notes={self.notes!r} and views={self.views!r} go together: give both, or neither.")
-        if self.splits is not None and self.notes is not None:
-            raise ValueError(f"splits={self.splits!r} and notes={self.notes!r} exclude each other: give one of them.")
+        if self.splits is not None:
+            self.notes = self.views = None
 
     @property
     def pair_options(self) -> PairOptions:

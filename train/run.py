@@ -50,7 +50,7 @@ Saved to {folder}. Use it:
 
 Check that it stands on its own:  python -m hub.verify {folder}
 Watch the curves:                 tensorboard --logdir {folder}
-Training pairs, test notes and the table above are in {folder}/data and {folder}/report.
+Training pairs and test notes are in {data}, the table above is in {folder}/report.
 """
 
 
@@ -237,8 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"{error}")
     if state.is_main_process:
-        sys.stdout.write("\nTest notes, never seen in training:\n\n" + text_table(rows))
-        sys.stdout.write(WELCOME.format(folder=arguments[2].output_dir))
+        sys.stdout.write("\nTest notes and their pairs, which training has not seen:\n\n" + text_table(rows))
+        folder = arguments[2].output_dir
+        sys.stdout.write(WELCOME.format(folder=folder, data=arguments[1].splits or f"{folder}/data"))
 
 
 if __name__ == "__main__":

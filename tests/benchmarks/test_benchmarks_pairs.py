@@ -161,9 +161,9 @@ def run_python(code, tmp_path, **limits):
 
 
 def test_memory_and_disk_of_a_process_and_its_child_are_measured(tmp_path):
-    child = "import time; x = b'x' * 60_000_000; time.sleep(1)"
+    child = "import time; x = b'x' * 60_000_000; time.sleep(3)"
     code = f"import subprocess, sys, time; x = b'x' * 80_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
-    code += "\nimport os; open(os.environ['TMPDIR'] + '/file', 'wb').write(b'x' * 5_000_000); time.sleep(1.5)"
+    code += "\nimport os; open(os.environ['TMPDIR'] + '/file', 'wb').write(b'x' * 5_000_000); time.sleep(3)"
     usage = run_python(code, tmp_path)
     assert usage.failure is None
     assert 0.14 < usage.peak_memory_gb < 0.25

@@ -80,6 +80,7 @@ def test_trains_on_splits_made_before(world_folder: Path, backbones: tuple[Path,
     split = SplitOptions(by="time", test_days=10, validation_days=5)
     make_splits(notes, world_folder / "views.csv", PairOptions(score="swing"), split, tmp_path / "splits")
     parts = ["--llm", str(backbones[0]), "--vision", str(backbones[1]), "--splits", str(tmp_path / "splits")]
+    parts += ["--notes", "nowhere.csv", "--views", "nowhere.csv"]  # of a YAML file: the splits win
     main([*FAST, *parts, "--output_dir", str(tmp_path / "run"), "--max_steps", "1"])
     facts = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["facts"]
     assert facts["test_notes"] == facts["train_notes"] == len(notes)  # by time, all notes are in all splits
