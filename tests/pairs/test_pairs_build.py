@@ -130,7 +130,7 @@ def test_command(views, tmp_path, capsys, name):
     assert expected != reference_pairs(ROWS, PairOptions())  # negative control
     out, with_pairs = capsys.readouterr().out, len({note for note, _, _, _ in expected})
     kept, notes, users = (len(set(part)) for part in (ROWS, [row[1] for row in ROWS], [row[0] for row in ROWS]))
-    assert f"{len(ROWS)} rows read, {kept} views kept\n" in out
+    assert f"{len(ROWS)} rows read, {kept} views kept, from 2008-05-03 to 2008-05-22\n" in out
     assert f"{len(ROWS) - kept} dropped by duplicate_view: the user, note and second of another row\n" in out
     assert out.endswith(
         f"{kept} views of {notes} notes by {users} users ─► {len(expected)} pairs of {with_pairs} notes "
