@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pyspark.sql import SparkSession
 from pairs import engines
 from pairs.build import main
 from pairs.engines import SparkEngine, connect
-from pairs.query import PairOptions, Score, related_pairs
+from pairs.query import SECONDS_PER_DAY, PairOptions, Score, related_pairs
 from pairs.split import SplitOptions, load_split, make_splits
 from pairs.tables import load_pairs
 from pairs.views import ViewOptions, list_offenders, read_views
@@ -427,23 +428,33 @@ def test_engines_have_no_public_name_that_all_forgets():
     assert {name for name in public if name[0] != "_"} <= set(engines.__all__)
 
 
+def many_views(seed, users, notes, views):
+    """A log of 20 days that is large enough to be divided."""
+    rng = random.Random(seed)
+    return [
+        (f"u{rng.randrange(users)}", f"n{int(notes * rng.random() ** 2)}", str(rng.randrange(20 * SECONDS_PER_DAY)))
+        for _ in range(views)
+    ]
+
+
 def test_a_session_of_its_own_as_the_command_opens_it(tmp_path):
     """In a process of its own, with Spark's defaults: several partitions, adaptive plans, numbers with gaps."""
-    rows = random_views(3, n_users=60, n_notes=40, n_views=1500)
+    rows = many_views(3, users=60, notes=40, views=1500)
     pq.write_table(as_table(rows), tmp_path / "views.parquet")
     tables = []
     for name, options in (("duckdb", []), ("spark", ["--spark-master", "local[2]", "--memory-gb", "1"])):
         command = [sys.executable, "-m", "pairs.build", "--views", str(tmp_path / "views.parquet"), "--engine", name]
         command += ["--output", str(tmp_path / f"{name}.parquet"), "--score", "lift", "--max-as-related", "7", *options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         tables.append(pq.read_table(tmp_path / f"{name}.parquet"))
     assert tables[0].equals(tables[1]) and len(tables[0]) > 100
-    assert not (ROOT / "spark-warehouse").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"views.parquet", "duckdb.parquet", "spark.parquet"}
 
 
 def test_both_engines_split_alike(tmp_path, duckdb_engine, spark_engine):
-    views = as_table(random_views(4, n_users=30, n_notes=20, n_views=600))
+    views = as_table(many_views(4, users=30, notes=20, views=600))
     notes = Dataset.from_dict({"note_id": sorted(set(views["note_id"].to_pylist()))})
     split = SplitOptions(by="time", test_days=6, validation_days=4)
     for name, engine in (("duckdb", duckdb_engine), ("spark", spark_engine)):
