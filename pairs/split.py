@@ -16,6 +16,7 @@ no split; it is counted.
 import argparse
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,8 @@ from pairs.query import SECONDS_PER_DAY, PairOptions, ViewLog, count_pairs, name
 from pairs.subsets import pair_subsets
 from pairs.tables import load_notes, load_pairs, write_table
 from pairs.views import ViewOptions, broken_rules_text, read_views
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 SplitBy = Literal["note", "time", "both"]
@@ -211,6 +214,9 @@ def make_splits(
         record["periods"] = periods
     if split.by == "time":
         record["pairs_known_from_training"] = known
+    for name, count in counts.items():
+        if count["notes"] and not count["pairs"]:
+            logger.warning("%s has no pairs: give it more notes or days, lower min_count, or bring more views.", name)
     (output / "splits.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return broken_rules_text(read, view_options)
 

@@ -419,7 +419,5 @@ def _refuse(
         row = engine.count(raw.filter(earlier)) + 1
         what, remedy = RULES[rule]
         shown = {name: first[name] for name in ("user_id", "note_id", "timestamp")}
-        raise ValueError(
-            f"{file}, row {row}: {rule}: {what}: {shown} (and {broken[rule] - 1} more rows); {remedy}, or let the rule "
-            "drop such rows."
-        )
+        others = f" (and {broken[rule] - 1} more rows)" if broken[rule] > 1 else ""
+        raise ValueError(f"{file}, row {row}: {rule}: {what}: {shown}{others}; {remedy}, or do not refuse {rule}.")

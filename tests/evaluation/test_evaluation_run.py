@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from evaluation import run
 from evaluation.baselines import note_text
+from pairs.tables import write_table
 
 COLOURS = ("red", "green", "blue", "grey", "pink")
 
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     ids = [f"n{i}" for i in range(25)]
     contents = [f"a {COLOURS[i % 5]} thing" if i % 2 == 0 else "a thing" for i in range(25)]
     images = [f"{COLOURS[i % 5]}.jpg" for i in range(25)]
-    Dataset.from_dict({"note_id": ids, "content": contents, "image": images}).to_parquet(tmp_path / "notes.parquet")
+    write_table(Dataset.from_dict({"note_id": ids, "content": contents, "image": images}), tmp_path / "notes.arrow")
     pairs = [(ids[i], ids[j], 1.0, 1 + j // 5) for i in range(25) for j in range(25) if i != j and (i - j) % 5 == 0]
     columns = zip(("note_id", "related_note_id", "score", "rank"), zip(*pairs, strict=True), strict=True)
     Dataset.from_dict({name: list(values) for name, values in columns}).to_parquet(tmp_path / "pairs.parquet")
@@ -42,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    tables = ["--notes", str(folder / "notes.parquet"), "--pairs", str(folder / "pairs.parquet")]
+    tables = ["--notes", str(folder / "notes.arrow"), "--pairs", str(folder / "pairs.parquet")]
     return [*tables, "--output", str(folder / "report"), "--ks", "4", *more]
 
 
@@ -71,7 +72,7 @@ def test_the_command_writes_one_row_a_baseline_and_modality(
 
 
 def test_a_model_that_reads_text_alone_gets_one_row(folder: Path) -> None:
-    split = run.load_notes_and_related(folder / "notes.parquet", folder / "pairs.parquet")
+    split = run.load_notes_and_related(folder / "notes.arrow", folder / "pairs.parquet")
     rows = run.evaluate_model(ColourModel(None), split.notes, split.related, name="text only", ks=(4,))
     assert [(row.system, row.modality) for row in rows] == [("text only", "text")]
 

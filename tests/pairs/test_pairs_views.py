@@ -158,7 +158,7 @@ def test_a_refused_row_is_named(engine, tmp_path, rule, kind):
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/day=2/b.{kind}, row 3: {rule}: {RULES[rule][0]}: ")
     assert "\n" not in message
-    assert message.endswith(f"{RULES[rule][1]}, or let the rule drop such rows.")
+    assert message.endswith(f"{RULES[rule][1]}, or do not refuse {rule}.")
     assert bad[2] in message
 
 
