@@ -276,7 +276,6 @@ def report_views(
         raise ValueError(f"scores={scores}: use some of {', '.join(SCORES)}.")
     log = views.log
     counts = {name: _value_counts(engine, *column) for name, column in _activity(log).items()}
-    spans = engine.fetch(log.visits.aggregate(first=_.timestamp.min(), last=_.timestamp.max())).to_pylist()[0]
     notes = engine.count(log.notes)
     # A rule other than time_backwards drops what it counts, so that what is left says whether that did, too.
     kept_backwards = views.kept + sum(views.broken.values()) > views.rows
@@ -291,8 +290,8 @@ def report_views(
         users=log.num_users,
         notes=notes,
         notes_viewed=notes_viewed,
-        first=int(spans["first"]),
-        last=int(spans["last"]),
+        first=int(views.first),
+        last=int(views.last),
         activity={name: _spread(values) for name, values in counts.items()},
         curves={name: _curve(values) for name, values in counts.items()},
         top_notes=top_notes,

@@ -38,7 +38,7 @@ from pairs.options import add_options, parsed_options
 from pairs.query import SECONDS_PER_DAY, PairOptions, ViewLog, count_pairs, name_pairs, rank_pairs, view_log
 from pairs.subsets import pair_subsets
 from pairs.tables import load_notes, load_pairs, write_table
-from pairs.views import ViewOptions, broken_rules_text, read_views
+from pairs.views import ReadViews, ViewOptions, broken_rules_text, read_views
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def make_splits(
         lists = split_notes(note_ids.to_pylist(), split.validation, split.test, split.seed)
         parts = {name: pa.array(ids, pa.string()) for name, ids in lists.items()}
     read = read_views(engine, views, view_options, note_ids.to_pylist())
-    logs, periods = _logs(read.log, split, engine)
+    logs, periods = _logs(read, split, engine)
 
     ranked: dict[str, ir.Table] = {}
     inside: list[ir.Table] = []
@@ -221,10 +221,11 @@ def make_splits(
     return broken_rules_text(read, view_options)
 
 
-def _logs(log: ViewLog, split: SplitOptions, engine: Engine) -> tuple[dict[str, ViewLog], dict[str, tuple[int, int]]]:
+def _logs(
+    read: ReadViews, split: SplitOptions, engine: Engine
+) -> tuple[dict[str, ViewLog], dict[str, tuple[int, int]]]:
     """The views that each split may know, and their periods: first second, and the one after the last."""
-    times = engine.fetch(log.visits.aggregate(first=_.timestamp.min(), last=_.timestamp.max())).to_pylist()[0]
-    begin, end = times["first"], times["last"] + 1
+    log, begin, end = read.log, read.first, read.last + 1
     if split.by == "note":
         return dict.fromkeys(SPLITS, log), dict.fromkeys(SPLITS, (begin, end))
     test = end - int(split.test_days * SECONDS_PER_DAY)
