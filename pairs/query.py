@@ -242,7 +242,7 @@ def _best(scored: ir.Table, of: str, other: str, k: int, options: PairOptions, e
     if engine.drops_rows_before_it_sorts:
         return engine.keep(scored.mutate(rank=rank).filter(_.rank <= k).mutate(rank=_.rank.cast("int32")))
     # Reading twice costs less than sorting all: the first time finds a bound that the k best of each `of` reach.
-    scored = scored.mutate(step=_step(scored.score))
+    scored = scored.mutate(step=scored["count"] if options.score == "count" else _step(scored.score))
     steps = scored.group_by(of, "step").aggregate(rows=_.count())
     better = _.rows.sum().over(ibis.window(group_by=of, order_by=ibis.desc("step"), rows=(None, -1)))
     reached = steps.mutate(better=better.fill_null(0)).filter(_.better < k)
