@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evaluation.metrics import retrieval_metrics
-from train.losses import RelatedNotes, contrastive_loss, false_negative_mask
+from train.batches import distinct_notes
+from train.losses import ContrastiveTargets, contrastive_loss
+from train.related import RelatedNotes
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +123,8 @@ def train_head(
     if not (np.isfinite(train_features).all() and np.isfinite(validation_features).all()):
         raise ValueError("Features contain NaN or infinity: check the encoder that made them.")
     positives = np.concatenate([np.asarray(positions, dtype=np.int64) for positions in train_related])
-    pairs = torch.from_numpy(np.stack([anchors, positives], axis=1))  # (P, 2)
-    known = RelatedNotes(pairs.numpy(), num_notes=len(train_related))
+    pairs = np.stack([anchors, positives], axis=1)  # (P, 2)
+    known = RelatedNotes(pairs, num_notes=len(train_related))
     features = torch.tensor(train_features, dtype=torch.float32)
 
     # The caller's random state is left as it was.
@@ -133,10 +135,9 @@ def train_head(
         optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
         for step in tqdm(range(1, settings.steps + 1), desc="Head", unit="step"):
-            batch = pairs[torch.randperm(len(pairs))[: settings.batch_pairs]]  # (B, 2)
-            note_ids = batch.T.flatten()  # (2B,): all anchors, then all positives
-            false_negatives = false_negative_mask(note_ids, known)
-            loss = contrastive_loss(head(features[note_ids]), 1 / settings.temperature, false_negatives)
+            notes, together = distinct_notes(pairs[torch.randperm(len(pairs))[: settings.batch_pairs].numpy()])
+            targets = ContrastiveTargets.of_plan(together, known.among(notes), notes)
+            loss = contrastive_loss(head(features[notes]), 1 / settings.temperature, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

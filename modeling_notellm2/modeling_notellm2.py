@@ -11,7 +11,7 @@ The model sees tensors only: `NoteLLM2Processor` makes them from notes, and the 
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -347,6 +347,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         convert_to_tensor: bool = False,
         truncate_dim: int | None = None,
         processor: NoteLLM2Processor | None = None,
+        vision_features: Callable[[Sequence[EncodedNote]], Mapping[str, Tensor]] | None = None,
     ) -> np.ndarray | Tensor:
         """Notes ─► embeddings, in the notes' order.
 
@@ -358,6 +359,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
             truncate_dim: keep the first so many dimensions and normalise again.
             processor: the processor to use; by default the one saved beside the model.
+            vision_features: gives, for some notes, the frozen tower's output for their images as `forward` takes it
+                (`patch_embeds`, `pooled_embeds`, …), in place of running the tower; `index` is a note's position.
 
         Returns:
             (N, D) float32, L2-normalised.
@@ -385,7 +388,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 stream = (processor.encode_note(note, index) for index, note in enumerate(notes))
                 # Notes of like length share a batch.
                 while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
-                    embeds.append(self._encode_window(window, batch_size, processor, progress))
+                    embeds.append(self._encode_window(window, batch_size, processor, vision_features, progress))
         finally:
             self.train(was_training)
         result = torch.cat(embeds) if embeds else torch.empty(0, dim, device=self.device)
@@ -435,14 +438,22 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 parameter.data = parameter.data.to(self.dtype)
 
     def _encode_window(
-        self, window: list[EncodedNote], batch_size: int, processor: NoteLLM2Processor, progress: tqdm
+        self,
+        window: list[EncodedNote],
+        batch_size: int,
+        processor: NoteLLM2Processor,
+        vision_features: Callable[[Sequence[EncodedNote]], Mapping[str, Tensor]] | None,
+        progress: tqdm,
     ) -> Tensor:
         order = sorted(range(len(window)), key=lambda i: len(window[i].input_ids), reverse=True)
         result: Tensor | None = None
         for start in range(0, len(order), batch_size):
             picked = order[start : start + batch_size]
-            batch = processor.collate([window[i] for i in picked]).to(self.device)
-            embeds = self(**batch).note_embeds
+            notes = [window[i] for i in picked]
+            batch = dict(processor.collate(notes, decode_images=vision_features is None))
+            if vision_features is not None:
+                batch |= vision_features(notes)
+            embeds = self(**{name: value.to(self.device) for name, value in batch.items()}).note_embeds
             if result is None:
                 result = embeds.new_empty(len(window), embeds.shape[1])
             result[torch.tensor(picked, device=result.device)] = embeds
@@ -493,8 +504,14 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                 f"{int(expected[row])} visual tokens: build inputs with the model's own processor (prompt, "
                 "num_visual_tokens)."
             )
-        if self.connector is None or features is None:
+        if self.connector is None:
             return embeds
+        if features is None:
+            if not (self.training and torch.is_grad_enabled()):
+                return embeds
+            # Processes wait for a gradient of every weight, and others may have images in this step.
+            blank = self.image_embedding.new_ones(1, self.config.vision_hidden_size)
+            return embeds + 0.0 * self.connector(VisionFeatures(blank.unsqueeze(1), blank)).sum().to(embeds.dtype)
         parameter = next(self.connector.parameters())
         visual = self.connector(features._replace(patch_embeds=features.patch_embeds.to(parameter.dtype)))
         return embeds.masked_scatter(is_image.unsqueeze(-1), visual.to(embeds.dtype))
@@ -509,6 +526,10 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         width = 1 if self.config.late_fusion == "scalar" else note_states.shape[-1]
         weights = note_states.new_zeros(note_states.shape[0], width)
         if pooled_embeds is None:
+            if self.training and torch.is_grad_enabled():  # as in _embed
+                visual = self.late_fusion.project(note_states.new_ones(1, self.config.vision_hidden_size))
+                unused = self.late_fusion.weight(visual, note_states[:1].to(visual.dtype)).sum() + visual.sum()
+                note_states = note_states + 0.0 * unused.to(note_states.dtype)
             return note_states, visual_states, weights
         visual = self.late_fusion.project(pooled_embeds)
         weight = self.late_fusion.weight(visual, gate_states[has_image])

@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -77,11 +77,13 @@ class EncodedNote:
         index: position of the note in the caller's sequence, for error messages.
         input_ids: the whole prompt, visual placeholders included.
         image: whatever the note holds as its image; `None` without one.
+        pixels: what the image processor makes of the image, where `load_image` was asked for it.
     """
 
     index: int
     input_ids: list[int]
     image: Any
+    pixels: dict[str, torch.Tensor] | None = None
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -254,10 +256,19 @@ class NoteLLM2Processor(ProcessorMixin):
             attention_mask[row, span] = 1
         has_image = torch.tensor([note.image is not None for note in notes], dtype=torch.bool)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "has_image": has_image}
-        images = [self._pixels(note) for note in notes if decode_images and note.image is not None]
+        loaded = [self.load_image(note) for note in notes if decode_images and note.image is not None]
+        images = [note.pixels for note in loaded if note.pixels is not None]
         if images:
             batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
         return BatchFeature(batch)
+
+    def load_image(self, note: EncodedNote) -> EncodedNote:
+        """Decode and process a note's image now, and keep the result.
+
+        Raises:
+            NoteError: the image cannot be read.
+        """
+        return note if note.image is None or note.pixels is not None else replace(note, pixels=self._pixels(note))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `processor_config.json` (the image processor inside it), the tokenizer and this code."""

@@ -13,6 +13,9 @@ from hub.compose import CompositionArguments
 from pairs.query import Direction, PairOptions, Score
 from pairs.simulate import SimulationOptions
 from pairs.split import SplitBy, SplitOptions
+from train.batches import BatchKind, BatchOptions
+from train.data import BadImages
+from train.losses import TILE_SIZE
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "simulated.yaml"
 
@@ -149,11 +152,97 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             "belongs to the schedule of the learning rate."
         },
     )
-    vision_features: Literal["recompute", "memory"] = field(
+    batches: BatchKind = field(
+        default="pairs",
+        metadata={
+            "help": "pairs: per_device_train_batch_size pairs drawn at random; graph: connected neighbourhoods of the "
+            "graph of pairs, of twice as many notes in all, and every pair among these notes is learned from."
+        },
+    )
+    neighborhood_size: int = field(
+        default=8, metadata={"help": "batches=graph: the most notes of one neighbourhood; a batch holds many of them."}
+    )
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Encode a batch so many notes at a time, of like length, so that little is padded: the same "
+            "gradients. Not under DeepSpeed. Unset: all at once."
+        },
+    )
+    gradcache: bool = field(
+        default=True,
+        metadata={
+            "help": "With mini_batch_size: encode each mini-batch twice and keep no graph in between (GradCache), so "
+            "that memory does not grow with the batch; works on one device, under DDP and FSDP2, with LoRA, gradient "
+            "checkpointing and mixed precision. False: keep all graphs, which is faster where they fit; one device or "
+            "DDP."
+        },
+    )
+    loss_tile_size: int = field(
+        default=TILE_SIZE,
+        metadata={
+            "help": "Notes are compared in tiles of this many by as many: memory and speed of the loss, no more."
+        },
+    )
+    mask_same_image: bool = field(
+        default=False, metadata={"help": "Notes with the same cover image are no negatives of each other."}
+    )
+    logq_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the logarithm of how often a note is drawn off its logits, so that popular notes, which are "
+            "negatives more often, do not pay for it (batches=pairs; batches=graph draws all alike)."
+        },
+    )
+    hard_negatives: int = field(
+        default=0,
+        metadata={
+            "help": "Notes to add for each pair of a batch, which the model of the beginning of the epoch took for "
+            "related to a note of the batch, while no pair says so. They cost as much as any other note."
+        },
+    )
+    hard_negative_pool: int = field(
+        default=20, metadata={"help": "hard_negatives are drawn from so many candidates of each note."}
+    )
+    max_negative_similarity: float = field(
+        default=0.95,
+        metadata={
+            "help": "No hard negative is more similar (cosine): it is likely to be related, though nobody saw it."
+        },
+    )
+    text_dropout: float = field(
+        default=0.0, metadata={"help": "Withhold the text of a note that has an image with this probability."}
+    )
+    image_dropout: float = field(
+        default=0.0, metadata={"help": "Withhold the image of a note that has a text with this probability."}
+    )
+    matryoshka_dims: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Leading dimensions that are to be embeddings of their own (encode(truncate_dim=…)), the full "
+            "width among them: the loss is the mean over these."
+        },
+    )
+    bad_images: BadImages = field(
+        default="text-only",
+        metadata={
+            "help": "What becomes of a training note whose image cannot be read. text-only: it is a note without "
+            "image (or left out, if it has no text); drop-pair: it and its pairs are left out; raise: the run ends. "
+            "The logs count them."
+        },
+    )
+    vision_features: Literal["recompute", "store"] = field(
         default="recompute",
         metadata={
-            "help": "recompute: run the frozen tower in every step; memory: run it once for every note and keep its "
-            "output (the same result, faster, P · d_v · 4 bytes a note)."
+            "help": "recompute: run the frozen tower in every step; store: run it once for every image and keep its "
+            "output in vision_features_dir (the same result, faster)."
+        },
+    )
+    vision_features_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the store, which runs may share: features are found by image content, tower and image "
+            "processor. Needs (P + 1) · d_v numbers an image. Default: vision_features in output_dir."
         },
     )
     eval_untrained: bool = field(default=True, metadata={"help": "Measure the untrained model on the test notes, too."})
@@ -184,6 +273,28 @@ class NoteLLM2TrainingArguments(TrainingArguments):
                 f"head_warmup_steps={self.head_warmup_steps} without head_learning_rate: the LLM's rate is too "
                 "small for a head; set head_learning_rate, for instance to 1e-3."
             )
+        for name, least in (
+            ("mini_batch_size", 1),
+            ("neighborhood_size", 2),
+            ("loss_tile_size", 1),
+            ("hard_negatives", 0),
+            ("hard_negative_pool", 1),
+        ):
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ValueError(f"{name}={number}: give {least} or more.")
+        for name in ("text_dropout", "image_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a probability below 1.")
+        if self.text_dropout + self.image_dropout > 1:
+            raise ValueError(
+                f"text_dropout={self.text_dropout} and image_dropout={self.image_dropout} add up to more than 1, and a "
+                "note never loses both: lower one."
+            )
+        if not -1 <= self.max_negative_similarity <= 1:
+            raise ValueError(f"max_negative_similarity={self.max_negative_similarity}: give a cosine, from -1 to 1.")
+        if self.logq_correction and self.batches == "graph":
+            raise ValueError("logq_correction=True with batches=graph, which draws all notes alike: leave it False.")
         if self.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.n_gpu} GPUs, and would split notes and images differently among them: start "
@@ -193,6 +304,23 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             raise ValueError("dataloader_drop_last=True would drop notes of the evaluation, too: leave it False.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the notes: leave it False.")
+
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """`matryoshka_dims` as the loss takes them."""
+        return tuple(self.matryoshka_dims) or None
+
+    def batch_options(self, processes: int) -> BatchOptions:
+        """How the batches of so many processes are made."""
+        return BatchOptions(
+            kind=self.batches,
+            pairs=self.per_device_train_batch_size * processes,
+            neighborhood=self.neighborhood_size,
+            hard_negatives=self.hard_negatives,
+            text_dropout=self.text_dropout,
+            image_dropout=self.image_dropout,
+            seed=self.seed if self.data_seed is None else self.data_seed,
+        )
 
     def lora_settings(self) -> dict[str, Any]:
         """Arguments of `peft.LoraConfig`."""

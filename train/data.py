@@ -1,39 +1,33 @@
-"""From tables to batches: pairs of notes for training, single notes for evaluation, and the collator for both."""
+"""From tables to batches: planned batches of notes for training, single notes for evaluation."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset as Table
+from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-from modeling_notellm2 import NoteLLM2Processor
-from modeling_notellm2.processing_notellm2 import EncodedNote
+from modeling_notellm2 import NoteError, NoteLLM2Processor
+from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, EncodedNote
 from pairs.files import to_arrow
+from train.batches import BatchPlan
 from train.features import VisionFeatureTable
-from train.losses import RelatedNotes
+from train.losses import ContrastiveTargets
+from train.related import RelatedNotes
+
+logger = logging.getLogger(__name__)
+
+BadImages = Literal["text-only", "drop-pair", "raise"]
 
 
-@dataclass
-class NoteGroup:
-    """Notes that belong together: one for evaluation, the two of a related pair for training.
-
-    Attributes:
-        notes: the notes.
-        indices: their rows in the table of notes, which is how the loss and the metrics know them.
-        features: what the frozen tower sees in the images of that table; `None`: it is run on the pixels.
-    """
-
-    notes: list[Mapping[str, Any]]
-    indices: list[int]
-    features: VisionFeatureTable | None = None
-
-
-class PairDataset(Dataset[NoteGroup]):
-    """Every unordered pair of related notes once.
+class PairDataset(Dataset[BatchPlan]):
+    """Notes and every unordered pair of related ones once.
 
     The loss treats both notes alike, so that (a, b) and (b, a) of a table of pairs are one example.
 
@@ -69,22 +63,18 @@ class PairDataset(Dataset[NoteGroup]):
         self.notes = notes
         self.features = features
         self.pairs = unordered[np.sort(firsts)]  # (P, 2) int64 rows of `notes`, in the order of the table
-
-    @property
-    def related(self) -> RelatedNotes:
-        """All these pairs, for the loss."""
-        return RelatedNotes(self.pairs, len(self.notes))
+        self.related = RelatedNotes(self.pairs, len(notes))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, position: int) -> NoteGroup:
-        a, b = self.pairs[position].tolist()
-        return NoteGroup([self.notes[a], self.notes[b]], [a, b], self.features)
+    def __getitem__(self, plan: BatchPlan) -> BatchPlan:
+        """A planned batch is loaded where it is collated, as each process loads its share alone."""
+        return plan
 
 
-class NoteDataset(Dataset[NoteGroup]):
-    """Every note of a table once, for evaluation. `features` as in `PairDataset`."""
+class NoteDataset(Dataset[int]):
+    """Every note of a table once, by its row, for evaluation. `features` as in `PairDataset`."""
 
     def __init__(self, notes: Table, features: VisionFeatureTable | None = None) -> None:
         self.notes = notes
@@ -93,39 +83,199 @@ class NoteDataset(Dataset[NoteGroup]):
     def __len__(self) -> int:
         return len(self.notes)
 
-    def __getitem__(self, position: int) -> NoteGroup:
-        return NoteGroup([self.notes[position]], [position], self.features)
+    def __getitem__(self, row: int) -> int:
+        if not 0 <= row < len(self):
+            raise IndexError(f"note {row} of {len(self)}")
+        return row
+
+
+class NoteReader:
+    """Notes of a table as the processor encodes them, with a rule for images that cannot be read.
+
+    Args:
+        notes: table of notes.
+        processor: the model's processor.
+        features: what the frozen tower sees in their images; None: the images are decoded.
+        bad_images: what becomes of a note whose image cannot be read. `text-only`: it is encoded as a note without
+            image; `drop-pair`: neither it nor its pairs are learned from; `raise`: an error ends the run.
+    """
+
+    def __init__(
+        self,
+        notes: Table,
+        processor: NoteLLM2Processor,
+        features: VisionFeatureTable | None = None,
+        bad_images: BadImages = "raise",
+    ) -> None:
+        self.notes = notes
+        self.processor = processor
+        self.features = features
+        self.bad_images = bad_images
+        self._reported: set[int] = set()
+
+    def read(
+        self, row: int, withhold_text: bool = False, withhold_image: bool = False
+    ) -> tuple[EncodedNote | None, bool]:
+        """One note, and whether its image could not be read.
+
+        Args:
+            row: its row.
+            withhold_text: leave its text out, if it has an image.
+            withhold_image: leave its image out, if it has a text.
+
+        Returns:
+            The note, its image decoded where `features` is None; None where `bad_images` leaves nothing of it.
+
+        Raises:
+            NoteError: the note cannot be read.
+        """
+        note = self.notes[row]
+        has_text = any(note.get(name) for name in TEXT_FIELDS)
+        try:
+            encoded = self.processor.encode_note(note, row)
+            if encoded.image is not None and self.features is None:
+                encoded = self.processor.load_image(encoded)
+            elif encoded.image is not None and self.features is not None:
+                self.features.check(row)
+        except NoteError as error:
+            if self.bad_images == "raise" or note.get("image") is None:
+                raise
+            self._report(row, error)
+            if self.bad_images == "drop-pair" or not has_text:
+                return None, True
+            return self._text_alone(note, row), True
+        if encoded.image is not None and has_text:
+            if withhold_image:
+                return self._text_alone(note, row), False
+            if withhold_text:
+                blank = self.processor.encode_note({"image": note["image"]}, row)
+                return replace(encoded, input_ids=blank.input_ids), False
+        return encoded, False
+
+    def collate(self, encoded: Sequence[EncodedNote]) -> dict[str, Tensor]:
+        """Notes from `read` ─► the inputs of the model; with `features`, these in place of the pixels."""
+        batch = dict(self.processor.collate(encoded, decode_images=self.features is None))
+        return batch if self.features is None else batch | self.features(encoded)
+
+    def stand_in(self, row: int = 0) -> EncodedNote:
+        """An empty text, in the place of a note of which nothing is left."""
+        return self.processor.encode_note("-", row)
+
+    def _text_alone(self, note: Mapping[str, Any], row: int) -> EncodedNote:
+        return self.processor.encode_note({**note, "image": None}, row)
+
+    def _report(self, row: int, error: NoteError) -> None:
+        if row not in self._reported:  # in a long run it comes again and again
+            self._reported.add(row)
+            logger.warning("bad_images=%s: %s", self.bad_images, error)
+
+
+def without_bad_images(
+    notes: Sequence[Mapping[str, Any]], processor: NoteLLM2Processor
+) -> tuple[list[Mapping[str, Any]], int]:
+    """The notes, those whose image cannot be read without it, and how many these are.
+
+    Raises:
+        NoteError: such a note has no text.
+    """
+    result, bad = [], 0
+    for row, note in enumerate(tqdm(notes, desc="images", unit="note")):
+        try:
+            processor.load_image(processor.encode_note(note, row))
+        except NoteError:
+            if note.get("image") is None:
+                raise
+            note = {**note, "image": None}
+            processor.encode_note(note, row)
+            bad += 1
+        result.append(note)
+    return result, bad
 
 
 @dataclass
 class NoteCollator:
-    """Groups of notes ─► one batch: the first notes of all groups, then the second ones.
+    """Rows of a table of notes ─► one batch of tensors, for evaluation.
 
     Attributes:
-        processor: the model's processor.
+        reader: reads the notes. One of which it leaves nothing keeps its place as an empty text.
     """
 
-    processor: NoteLLM2Processor
+    reader: NoteReader
 
-    def __call__(self, groups: Sequence[NoteGroup]) -> dict[str, Any]:
-        """Returns the processor's tensors and `note_index` (B,) int64; where the groups come with a table of vision
-        features, these in place of the pixels."""
-        width = len(groups[0].notes)
-        notes = [group.notes[i] for i in range(width) for group in groups]
-        indices = [group.indices[i] for i in range(width) for group in groups]
-        features = groups[0].features
-        encoded = [self.processor.encode_note(note, index) for note, index in zip(notes, indices, strict=True)]
-        return self.collate_encoded(encoded, indices, features)
-
-    def collate_encoded(
-        self, encoded: Sequence[EncodedNote], indices: Sequence[int], features: VisionFeatureTable | None
-    ) -> dict[str, Any]:
-        """The same of notes that the processor has encoded already."""
-        batch = dict(self.processor.collate(encoded, decode_images=features is None))
-        if features is not None:
-            batch |= features.stack(indices)
-        batch["note_index"] = torch.tensor(indices)
-        return batch
+    def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Returns the model's inputs and `note_index` (B,) int64, the rows."""
+        read = [self.reader.read(row)[0] or self.reader.stand_in(row) for row in rows]
+        return self.reader.collate(read) | {"note_index": torch.tensor(rows)}
 
 
-__all__ = ["NoteCollator", "NoteDataset", "NoteGroup", "PairDataset"]
+@dataclass
+class PlanCollator:
+    """A planned batch ─► the tensors that this process encodes, and what the loss must know of the whole batch.
+
+    Attributes:
+        reader: reads the notes.
+        related: all pairs known to be related.
+        share: (w, W): this process encodes every W-th note of a plan from the w-th.
+        mini_batch_size: notes that are encoded together, of like length; None: all.
+        image_groups: (N,) int64, for each note the number of its cover image: notes with one cover are then no
+            negatives of each other. None: only copies of the note itself are none.
+        log_q: (N,) float32, see `ContrastiveTargets`.
+    """
+
+    reader: NoteReader
+    related: RelatedNotes
+    share: tuple[int, int] = (0, 1)
+    mini_batch_size: int | None = None
+    image_groups: np.ndarray | None = None
+    log_q: np.ndarray | None = None
+
+    def __call__(self, plans: Sequence[BatchPlan]) -> dict[str, Any]:
+        """One plan, as a `DataLoader` gives it. Returns a dictionary:
+
+        - `mini_batches`: the inputs of the model, a dictionary for each mini-batch. Where features are kept,
+          `feature_rows` (N,) int64 names those to stack: they are large, and one mini-batch needs them at a time.
+        - `places` (B,) int64: where these B notes stand in the plan; −1: not to be learned from.
+        - `targets`: the fields of `ContrastiveTargets` for the M notes of the plan.
+        - `passes`: the most mini-batches that a process has.
+        - `bad_images`: notes of this share whose image could not be read.
+        """
+        (plan,) = plans
+        index, processes = self.share
+        notes: list[tuple[EncodedNote, int]] = []
+        num_bad = 0
+        for place in range(index, len(plan.notes), processes):
+            note, is_bad = self.reader.read(
+                int(plan.notes[place]), bool(plan.withheld_text[place]), bool(plan.withheld_image[place])
+            )
+            num_bad += is_bad
+            if note is not None:
+                notes.append((note, place))
+        if not notes:  # every process has to take part in a step
+            notes = [(self.reader.stand_in(), -1)]
+        notes.sort(key=lambda item: len(item[0].input_ids), reverse=True)
+        largest_share = max(1, -(-len(plan.notes) // processes))
+        size = self.mini_batch_size or largest_share
+        return {
+            "mini_batches": [
+                self._collate([note for note, _place in notes[start : start + size]])
+                for start in range(0, len(notes), size)
+            ],
+            "places": torch.tensor([place for _note, place in notes]),
+            "targets": self._targets(plan)._asdict(),
+            "passes": -(-largest_share // size),
+            "bad_images": num_bad,
+        }
+
+    def _collate(self, notes: Sequence[EncodedNote]) -> dict[str, Tensor]:
+        if self.reader.features is None:
+            return self.reader.collate(notes)
+        batch = dict(self.reader.processor.collate(notes, decode_images=False))
+        return batch | {"feature_rows": torch.tensor([note.index for note in notes if note.image is not None])}
+
+    def _targets(self, plan: BatchPlan) -> ContrastiveTargets:
+        groups = plan.notes if self.image_groups is None else self.image_groups[plan.notes]
+        log_q = None if self.log_q is None else self.log_q[plan.notes]
+        return ContrastiveTargets.of_plan(plan.positives, self.related.among(plan.notes), groups, log_q)
+
+
+__all__ = ["BadImages", "NoteCollator", "NoteDataset", "NoteReader", "PairDataset", "PlanCollator"]

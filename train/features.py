@@ -1,56 +1,223 @@
-"""The frozen tower is run once: its output for every note of a table, kept in memory."""
+"""The frozen tower is run once for every image: a store of its output on disk, mapped into memory.
 
-from collections.abc import Mapping, Sequence
+    FOLDER/<fingerprint>/<part>/keys.npy, patch_embeds.npy, pooled_embeds.npy (, patch_attention_mask.npy)
+
+The fingerprint is of all that decides what the tower sees but the image: its weights, its configuration, the image
+processor, the libraries' versions, dtype and kind of device. Images are known by their content. So nothing in a store
+is ever stale: what has changed is not found, and is computed. Parts are written under another name and renamed, so that
+a part is whole or absent.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2Processor
+from modeling_notellm2.processing_notellm2 import EncodedNote
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 2**28
+"""A part is written when it has so many bytes."""
+
+KEY_TYPE = "S32"
+"""32 hexadecimal digits: 16 bytes of BLAKE2b."""
+
+
+class VisionFeatureStore:
+    """What one tower sees in images.
+
+    Exact: the same tensors that the tower would give in every step, as it is frozen and its image processor draws
+    nothing at random. Size: (P + 1) · d_v numbers an image in the tower's dtype; in float32 250 kB for
+    EfficientNet-Lite0, 605 kB for CLIP ViT-B/16, 1.7 MB for ViT-bigG/14 at 224 pixels; half of it in 16 bits.
+
+    Args:
+        folder: where stores are kept; any number of towers share it.
+        model: the model whose tower and image processor are run.
+
+    Raises:
+        ValueError: the model has no tower, or its tower trains, so that its output would change.
+    """
+
+    def __init__(self, folder: str | Path, model: NoteLLM2Model) -> None:
+        if not model.config.has_vision:
+            raise ValueError("the model has no vision tower, so there are no features to keep.")
+        if not model.config.freeze_vision_tower:
+            raise ValueError("freeze_vision_tower=False: the features of a tower that trains cannot be kept.")
+        self.model = model
+        self.folder = Path(folder) / fingerprint(model)
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._keys = np.array([], KEY_TYPE)  # sorted
+        self._places = np.empty((0, 2), np.int64)  # of each key: part, row
+        self._reload()
+
+    def table(
+        self,
+        notes: Sequence[Mapping[str, Any]],
+        batch_size: int = 32,
+        on_error: Callable[[NoteError], None] | None = None,
+    ) -> "VisionFeatureTable":
+        """The features of the images of some notes; those that the store lacks are computed, by all processes together.
+
+        Args:
+            notes: notes; those without image have no features.
+            batch_size: images a forward pass.
+            on_error: told of each image that cannot be read; None: the error is raised.
+
+        Raises:
+            NoteError: an image cannot be read.
+        """
+        state = PartialState()
+        rows = range(state.process_index, len(notes), state.num_processes)
+        found: list[tuple[int, bytes]] = []
+        errors: dict[int, str] = {}
+        missing: dict[bytes, EncodedNote] = {}
+        is_main = state.is_main_process
+        for row in tqdm(rows, desc="images", unit="note", disable=not is_main):
+            try:
+                encoded = self.model.processor.encode_note({"image": notes[row].get("image"), "content": "-"}, row)
+                if encoded.image is not None:
+                    found.append((row, key := image_key(encoded)))
+                    if key not in self:
+                        missing.setdefault(key, encoded)
+            except NoteError as error:
+                errors[row] = str(error)
+        unread = self._add(missing, batch_size, show_progress_bar=is_main)
+        errors |= {row: unread[key] for row, key in found if key in unread}
+        state.wait_for_everyone()
+        self._reload()
+        if state.num_processes > 1:
+            found = gather_object(found)
+            errors = dict(gather_object(list(errors.items())))
+        for row in sorted(errors):
+            if on_error is None:
+                raise NoteError(errors[row])
+            on_error(NoteError(errors[row]))
+        places = np.full((len(notes), 2), -1)
+        for row, key in found:
+            if row not in errors:
+                places[row] = self._place(key)
+        return VisionFeatureTable(self._parts, places, errors)
+
+    def __contains__(self, key: bytes) -> bool:
+        place = np.searchsorted(self._keys, key)
+        return bool(place < len(self._keys) and self._keys[place] == key)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _place(self, key: bytes) -> np.ndarray:
+        place: np.ndarray = self._places[np.searchsorted(self._keys, key)]
+        return place
+
+    def _reload(self) -> None:
+        self._parts, keys, places = [], [], []
+        for part in sorted(self.folder.glob("part-*")):
+            arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(part.glob("*.npy"))}
+            keys.append(np.array(arrays.pop("keys")))
+            places.append(np.stack([np.full(len(keys[-1]), len(self._parts)), np.arange(len(keys[-1]))], axis=1))
+            self._parts.append(arrays)
+        if keys:  # an image that two processes computed at once is there twice: either will do
+            self._keys, firsts = np.unique(np.concatenate(keys), return_index=True)
+            self._places = np.concatenate(places)[firsts]
+
+    def _add(self, missing: Mapping[bytes, EncodedNote], batch_size: int, show_progress_bar: bool) -> dict[bytes, str]:
+        """Compute and write features; returns the messages of the images that cannot be read."""
+        unread: dict[bytes, str] = {}
+        keys: list[bytes] = []
+        arrays: dict[str, list[np.ndarray]] = {}
+        size = 0
+        with tqdm(total=len(missing), desc="vision features", unit="image", disable=not show_progress_bar) as progress:
+            for batch in self._readable(missing, batch_size, unread):
+                keys += batch
+                features = self._run([note for note in batch.values()])
+                for name, values in features.items():
+                    arrays.setdefault(name, []).append(values)
+                    size += values.nbytes
+                if size >= PART_BYTES:
+                    self._write(keys, arrays)
+                    keys, arrays, size = [], {}, 0
+                progress.update(len(batch))
+        if keys:
+            self._write(keys, arrays)
+        return unread
+
+    def _readable(
+        self, missing: Mapping[bytes, EncodedNote], batch_size: int, unread: dict[bytes, str]
+    ) -> Iterator[dict[bytes, EncodedNote]]:
+        batch: dict[bytes, EncodedNote] = {}
+        for key, note in missing.items():
+            try:
+                batch[key] = self.model.processor.load_image(note)
+            except NoteError as error:
+                unread[key] = str(error)
+            if len(batch) == batch_size:
+                yield batch
+                batch = {}
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _run(self, notes: Sequence[EncodedNote]) -> dict[str, np.ndarray]:
+        model = self.model
+        batch = model.processor.collate(notes)
+        names = model.processor.image_processor.model_input_names
+        images = {name: batch[name].to(model.device) for name in names if name in batch}
+        features = model.get_image_features(**images)
+        return {name: _to_numpy(value) for name, value in features._asdict().items() if value is not None}
+
+    def _write(self, keys: list[bytes], arrays: Mapping[str, list[np.ndarray]]) -> None:
+        name = uuid.uuid4().hex
+        unfinished = self.folder / f"unfinished-{name}"
+        unfinished.mkdir(parents=True)
+        try:
+            np.save(unfinished / "keys.npy", np.array(keys, KEY_TYPE))
+            for field, values in arrays.items():
+                np.save(unfinished / f"{field}.npy", np.concatenate(values))
+            unfinished.rename(self.folder / f"part-{name}")
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 class VisionFeatureTable:
-    """What the frozen tower sees in each note's image.
-
-    Exact: the same tensors that the tower would give in every step, as it is frozen and its image processor draws
-    nothing at random. Size: about P · d_v · 4 bytes a note, 250 kB for EfficientNet-Lite0.
+    """The features of the images of some notes, in a store. Made by `VisionFeatureStore.table`.
 
     Args:
-        model: the model whose tower and processor are run.
-        notes: notes; those without image have no features.
-        batch_size: images a forward pass.
-
-    Raises:
-        ValueError: the tower trains, so that its output would change.
+        parts: the arrays of the store's parts.
+        places: (N, 2) int64, the part and row of each note; −1: the note has no features.
+        errors: for notes whose image cannot be read, why.
     """
 
-    def __init__(self, model: NoteLLM2Model, notes: Sequence[Mapping[str, Any]], batch_size: int = 32) -> None:
-        if not model.config.freeze_vision_tower:
-            raise ValueError("freeze_vision_tower=False: the features of a tower that trains cannot be kept.")
-        self._rows: dict[int, dict[str, Tensor]] = {}
-        with tqdm(total=len(notes), desc="vision features", unit="note") as progress:
-            for start in range(0, len(notes), batch_size):
-                chunk = [notes[i] for i in range(start, min(start + batch_size, len(notes)))]
-                self._add(model, chunk, start)
-                progress.update(len(chunk))
+    def __init__(
+        self, parts: Sequence[Mapping[str, np.ndarray]], places: np.ndarray, errors: Mapping[int, str]
+    ) -> None:
+        self._parts = parts
+        self._places = places
+        self._errors = errors
 
-    @torch.no_grad()
-    def _add(self, model: NoteLLM2Model, notes: Sequence[Mapping[str, Any]], start: int) -> None:
-        batch = model.processor.collate([model.processor.encode_note(note, start + i) for i, note in enumerate(notes)])
-        rows = batch["has_image"].nonzero().flatten().tolist()
-        if not rows:
-            return
-        images = {
-            name: value for name, value in batch.items() if name in model.processor.image_processor.model_input_names
-        }
-        features = model.get_image_features(**{name: value.to(model.device) for name, value in images.items()})
-        tensors = {name: value.cpu() for name, value in features._asdict().items() if value is not None}
-        for position, row in enumerate(rows):
-            self._rows[start + row] = {name: value[position] for name, value in tensors.items()}
+    def check(self, index: int) -> None:
+        """Raises NoteError if the image of this note cannot be read."""
+        if index in self._errors:
+            raise NoteError(self._errors[index])
 
-    def __contains__(self, index: int) -> bool:
-        return index in self._rows
+    def __call__(self, notes: Sequence[EncodedNote]) -> dict[str, Tensor]:
+        """Inputs of the model in place of the pixels of these notes, whose `index` is their position here."""
+        return self.stack([note.index for note in notes if note.image is not None])
 
     def stack(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Inputs of the model for the notes at these positions, in order, those without image left out.
@@ -59,8 +226,73 @@ class VisionFeatureTable:
             `patch_embeds` (N, P, d_v), `pooled_embeds` (N, d_v) and any `patch_attention_mask` (N, P); nothing if no
             note has an image.
         """
-        rows = [self._rows[index] for index in indices if index in self._rows]
-        return {name: torch.stack([row[name] for row in rows]) for name in (rows[0] if rows else {})}
+        places = self._places[np.asarray(indices, dtype=np.int64)]
+        places = places[places[:, 0] >= 0].tolist()
+        names = self._parts[places[0][0]] if places else ()
+        return {name: torch.stack([_to_tensor(self._parts[part][name][row]) for part, row in places]) for name in names}
 
 
-__all__ = ["VisionFeatureTable"]
+def image_key(note: EncodedNote) -> bytes:
+    """What an image is known by: a hash of its file, its bytes or its pixels."""
+    value = note.image
+    content = hashlib.blake2b(digest_size=16)
+    if isinstance(value, Image.Image):
+        content.update(f"{value.mode} {value.size}".encode() + value.tobytes())
+        content.update(json.dumps(value.getpalette()).encode())
+    elif isinstance(value, np.ndarray):
+        content.update(f"{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    else:
+        content.update(value if isinstance(value, bytes) else Path(value).read_bytes())
+    return content.hexdigest().encode()
+
+
+def image_groups(
+    notes: Sequence[Mapping[str, Any]], processor: NoteLLM2Processor, show_progress_bar: bool = True
+) -> np.ndarray:
+    """(N,) int64: the same number for notes whose images have the same content; a number of its own for each note
+    without image, or whose image cannot be opened."""
+    firsts: dict[bytes, int] = {}
+    groups = np.arange(len(notes))
+    for row in tqdm(range(len(notes)), desc="cover images", unit="note", disable=not show_progress_bar):
+        try:
+            encoded = processor.encode_note({"image": notes[row].get("image"), "content": "-"}, row)
+        except NoteError:
+            continue
+        if encoded.image is not None:
+            groups[row] = firsts.setdefault(image_key(encoded), row)
+    return groups
+
+
+def fingerprint(model: NoteLLM2Model) -> str:
+    """A name for all that decides what the tower sees in an image."""
+    if model.vision_tower is None:
+        raise ValueError("the model has no vision tower.")
+    content = hashlib.blake2b(digest_size=16)
+    settings = {
+        "tower": model.config.vision_config.to_diff_dict(),
+        "image_processor": json.loads(model.processor.image_processor.to_json_string()),
+        "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
+        "device": model.device.type,
+    }
+    content.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.vision_tower.state_dict().items()):
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def _to_numpy(values: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its bits are kept as float16's are, under a type of their own."""
+    values = values.detach().cpu().contiguous()
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.uint16).numpy()
+    array: np.ndarray = values.numpy()
+    return array
+
+
+def _to_tensor(values: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(np.array(values))
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+__all__ = ["VisionFeatureStore", "VisionFeatureTable", "fingerprint", "image_groups", "image_key"]

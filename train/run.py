@@ -26,15 +26,16 @@ from evaluation.report import ReportRow, collect_facts, text_table, write_report
 from evaluation.run import evaluate_baselines, evaluate_model
 from hub.compose import CompositionArguments, compose
 from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
-from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2 import NoteError, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import prompt_template
 from pairs.ceilings import ceilings
 from pairs.simulate import simulate
 from pairs.split import SPLITS, NotesAndPairs, load_split, make_splits
 from pairs.tables import load_notes, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
-from train.data import NoteDataset, PairDataset
-from train.features import VisionFeatureTable
+from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
+from train.data import NoteDataset, PairDataset, without_bad_images
+from train.features import VisionFeatureStore, VisionFeatureTable
 from train.trainer import NoteLLM2Trainer
 
 logger = logging.getLogger("train")
@@ -64,7 +65,7 @@ def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
     Raises:
         UserError: there is none.
     """
-    wanted = training.resume_from_checkpoint
+    wanted, processes = training.resume_from_checkpoint, PartialState().num_processes
     folder = Path(training.output_dir)
     if wanted is None and folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
         raise UserError(
@@ -72,11 +73,12 @@ def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
             "give --output_dir another folder, go on with --resume_from_checkpoint last, or delete it."
         )
     if wanted == "last":
-        wanted = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-        if wanted is None:
-            raise UserError(f"resume_from_checkpoint=last: {training.output_dir} holds no checkpoint to go on from.")
-    elif wanted is not None and not Path(wanted).is_dir():
-        raise UserError(f"resume_from_checkpoint={wanted!r}: no such folder; give one, or `last`.")
+        found = newest_whole_checkpoint(folder, processes)
+        if found is None:
+            raise UserError(f"resume_from_checkpoint=last: {folder} holds no whole checkpoint to go on from.")
+        return str(found)
+    if wanted is not None and (problem := checkpoint_problem(wanted, processes)):
+        raise UserError(f"resume_from_checkpoint={wanted!r}: {problem}; give another, or `last`.")
     return wanted
 
 
@@ -126,6 +128,10 @@ def ceiling_rows(notes: Table, related: Sequence[np.ndarray], ks: Sequence[int])
     return [ReportRow("perfect knowledge", modality, metrics, is_bound=True) for modality, metrics in best.items()]
 
 
+def _warn_of_bad_image(error: NoteError) -> None:
+    logger.warning("%s", error)
+
+
 def save_settings(folder: Path, arguments: Sequence[Any]) -> None:
     """Record every setting of the run beside its checkpoint."""
     composition, data, training = arguments
@@ -165,9 +171,17 @@ def train(
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     features: dict[str, VisionFeatureTable | None] = {"train": None, "validation": None}
-    if training.vision_features == "memory" and model.config.has_vision:
+    if training.vision_features == "store" and model.config.has_vision:
         model.to(training.device)  # type: ignore[arg-type]  # transformers' own annotation
-        features = {name: VisionFeatureTable(model, splits[name].notes) for name in features}
+        store = VisionFeatureStore(training.vision_features_dir or folder / "vision_features", model)
+        on_error = None if training.bad_images == "raise" else _warn_of_bad_image
+        try:
+            features = {
+                name: store.table(splits[name].notes, training.per_device_eval_batch_size, on_error)
+                for name in features
+            }
+        except NoteError as error:
+            raise UserError(f"{error} (bad_images={training.bad_images})") from error
     try:
         train_dataset = PairDataset(*splits["train"], features["train"])
         trainer = NoteLLM2Trainer(
@@ -185,6 +199,12 @@ def train(
     rows: list[ReportRow] = []
     if state.is_main_process:
         notes, ks = list(test.notes), training.eval_ks
+        if training.bad_images != "raise" and model.config.has_vision:
+            notes, num_bad = without_bad_images(notes, model.processor)
+            if num_bad:
+                logger.warning(
+                    "%d test notes have an image that cannot be read: their text alone is measured.", num_bad
+                )
         logger.info("Measuring baselines on %d test notes", len(notes))
         rows += evaluate_baselines(notes, test_related, ["chance", "bm25"], ks=ks)
         if simulated:

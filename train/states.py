@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_notellm2 import NoteLLM2Model, NoteStates
-from train.data import NoteCollator, NoteDataset
+from train.data import NoteReader
 
 WINDOW_BATCHES = 16
 """Notes are sorted by length within so many batches, to pad little and hold few pictures."""
@@ -22,8 +22,8 @@ class NoteStateTable:
 
     Args:
         model: the model whose tower, connector and LLM are run.
-        notes: a table of notes.
-        rows: (M,) int64, the rows of the notes to run, each once.
+        reader: reads the notes of a table.
+        rows: (M,) int64, the rows of the notes to run, each once. Those of which `reader` leaves nothing are left out.
         batch_size: notes a forward pass.
         autocast: the mixed precision of the forward pass.
         show_progress_bar: show one progress bar over the M notes.
@@ -32,16 +32,15 @@ class NoteStateTable:
     def __init__(
         self,
         model: NoteLLM2Model,
-        notes: NoteDataset,
+        reader: NoteReader,
         rows: Tensor,
         batch_size: int = 32,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
         show_progress_bar: bool = True,
     ) -> None:
         count, device = len(rows), model.device
-        self._dtype = model.dtype
-        self._place = torch.full((len(notes),), -1)  # row of the notes ─► row of the tensors below
-        self._place[rows] = torch.arange(count)
+        self._dtype, self._count = model.dtype, 0
+        self._place = torch.full((len(reader.notes),), -1)  # row of the notes ─► row of the tensors below
         self.has_image = torch.zeros(count, dtype=torch.bool, device=device)
         self.has_visual = torch.zeros(count, dtype=torch.bool, device=device)
         # Made when the first note has one: a text-only model needs but the first.
@@ -51,7 +50,7 @@ class NoteStateTable:
         try:
             with tqdm(total=count, desc="states", unit="note", disable=not show_progress_bar) as progress:
                 for window in rows.split(WINDOW_BATCHES * batch_size):
-                    self._add(model, notes, window.tolist(), batch_size, autocast, progress)
+                    self._add(model, reader, window.tolist(), batch_size, autocast, progress)
         finally:
             model.train(was_training)
 
@@ -59,23 +58,23 @@ class NoteStateTable:
     def _add(
         self,
         model: NoteLLM2Model,
-        notes: NoteDataset,
+        reader: NoteReader,
         rows: list[int],
         batch_size: int,
         autocast: Callable[[], AbstractContextManager[None]],
         progress: tqdm,
     ) -> None:
-        collate = NoteCollator(model.processor)
-        encoded = [model.processor.encode_note(notes.notes[row], row) for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: len(encoded[i].input_ids), reverse=True)
-        for start in range(0, len(rows), batch_size):
-            picked = order[start : start + batch_size]
-            indices = [rows[i] for i in picked]
-            batch = collate.collate_encoded([encoded[i] for i in picked], indices, notes.features)
-            del batch["note_index"]
+        encoded = [note for note, _is_bad in map(reader.read, rows) if note is not None]
+        encoded.sort(key=lambda note: len(note.input_ids), reverse=True)
+        for start in range(0, len(encoded), batch_size):
+            picked = encoded[start : start + batch_size]
+            batch = reader.collate(picked)
             with autocast():
                 states = model.get_states(**{name: value.to(model.device) for name, value in batch.items()})
-            places = self._place[indices].to(model.device)
+            places = torch.arange(self._count, self._count + len(picked))
+            self._place[[note.index for note in picked]] = places
+            self._count += len(picked)
+            places = places.to(model.device)
             self.has_image[places], self.has_visual[places] = states.has_image, states.has_visual
             self._store("note_states", places, states.note_states)
             if states.visual_states is not None:
@@ -83,6 +82,12 @@ class NoteStateTable:
             if states.pooled_embeds is not None:
                 self._store("pooled_embeds", places[states.has_image], states.pooled_embeds)
             progress.update(len(picked))
+        progress.update(len(rows) - len(encoded))
+
+    @property
+    def kept(self) -> Tensor:
+        """(N,) bool, for all notes of the table: whether their states are kept here."""
+        return self._place >= 0
 
     def _store(self, name: str, places: Tensor, values: Tensor) -> None:
         if name not in self._tensors:

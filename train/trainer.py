@@ -5,23 +5,36 @@ all.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from evaluation.metrics import retrieval_metrics
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
+from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
-from train.data import NoteCollator, NoteDataset, PairDataset
-from train.losses import RelatedNotes, false_negative_mask, joint_loss
+from train.batches import BatchPlanner
+from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
+from train.data import BadImages, NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator
+from train.distributed import gather_rows, world
+from train.features import image_groups
+from train.gradcache import EncodedRows, cached_loss
+from train.losses import ContrastiveTargets, joint_loss
+from train.negatives import mine_hard_negatives
 from train.warmup import warm_up_head
 
 logger = logging.getLogger(__name__)
@@ -94,16 +107,34 @@ class NoteLLM2Trainer(Trainer):
         apply_llm_tuning(model, args)
         if eval_related is not None:
             kwargs["compute_metrics"] = RetrievalEvaluation(eval_related, args.eval_ks)
+        self.reader = self.eval_reader = None
+        if train_dataset is not None:
+            self.reader = NoteReader(train_dataset.notes, model.processor, train_dataset.features, args.bad_images)
+        if eval_dataset is not None:
+            # A note must not drop out of an evaluation: what cannot be read of it is left out.
+            rule: BadImages = "raise" if args.bad_images == "raise" else "text-only"
+            self.eval_reader = NoteReader(eval_dataset.notes, model.processor, eval_dataset.features, rule)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=NoteCollator(model.processor),
+            data_collator=None if self.eval_reader is None else NoteCollator(self.eval_reader),
             processing_class=model.processor,
             **kwargs,
         )
-        self.related: RelatedNotes | None = None if train_dataset is None else train_dataset.related
+        if args.mini_batch_size and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"mini_batch_size={args.mini_batch_size} does not work with DeepSpeed, whose engine allows one forward "
+                "and one backward pass a step: use FSDP2 (configs/accelerate/fsdp2.yaml) or DDP, or leave it unset."
+            )
+        if args.mini_batch_size and not args.gradcache and self.is_fsdp_enabled:
+            raise ValueError(
+                f"mini_batch_size={args.mini_batch_size} with gradcache=False does not work with FSDP, where processes "
+                "must make the same number of forward passes: leave gradcache True, or mini_batch_size unset."
+            )
+        self._embedding_dim = model.config.embedding_dim or model.config.hidden_size
+        self._has_visual = IMAGE_EMBEDDING_TOKEN in model.processor.template and model.config.has_vision
         self._parts: dict[str, list[float]] = {}
 
     def train(
@@ -112,7 +143,17 @@ class NoteLLM2Trainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Warm up the head (`args.head_warmup_steps`) unless a checkpoint is resumed, then train as `Trainer` does."""
+        """Warm up the head (`args.head_warmup_steps`) unless a checkpoint is resumed, then train as `Trainer` does.
+
+        `resume_from_checkpoint=True` means the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: there is none, or the one to resume from was cut short.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        if not resume_from_checkpoint and self.is_world_process_zero():
+            shutil.rmtree(self._hard_negatives_folder, ignore_errors=True)  # of an earlier run
         if self.args.head_warmup_steps and not resume_from_checkpoint:
             self._warm_up_head()
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -120,21 +161,34 @@ class NoteLLM2Trainer(Trainer):
             self._restore_warmed_up_if_best()
         return result
 
+    def _whole_checkpoint(self, wanted: str | Literal[True]) -> str:
+        processes = self.accelerator.num_processes
+        if wanted is True:
+            found = newest_whole_checkpoint(self.args.output_dir, processes)
+            if found is None:
+                raise ValueError(f"output_dir={self.args.output_dir} holds no whole checkpoint to go on from.")
+            return str(found)
+        if problem := checkpoint_problem(wanted, processes):
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: {problem}. Give one that is whole.")
+        return wanted
+
     def _warm_up_head(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 f"head_warmup_steps={self.args.head_warmup_steps} needs whole weights in every process: warm up in "
                 "a run of its own without FSDP and DeepSpeed, then go on from its checkpoint with head_warmup_steps=0."
             )
-        assert isinstance(self.train_dataset, PairDataset)
+        assert self.reader is not None and isinstance(self.train_dataset, PairDataset)
         # Every process does the same: the result is the same, and none could go on without it.
         loss = warm_up_head(
             self.model,
-            self.train_dataset,
+            self.reader,
+            self.train_dataset.pairs,
             [group for group in self.parameter_groups(self.model) if group["part"] == "head"],
             steps=self.args.head_warmup_steps,
             visual_loss_weight=self.args.visual_loss_weight,
             seed=self.args.seed,
+            dims=self.args.dims,
             batch_size=self.args.per_device_eval_batch_size,
             autocast=self.accelerator.autocast,
             show_progress_bar=self.is_world_process_zero() and not self.args.disable_tqdm,
@@ -171,6 +225,10 @@ class NoteLLM2Trainer(Trainer):
             self._warmed_up_file.unlink()
 
     @property
+    def _hard_negatives_folder(self) -> Path:
+        return Path(self.args.output_dir) / "hard_negatives"
+
+    @property
     def _warmed_up_file(self) -> Path:
         return Path(self.args.output_dir) / "warmed_up.safetensors"
 
@@ -181,38 +239,177 @@ class NoteLLM2Trainer(Trainer):
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Planned batches, of which each process loads its share.
+
+        The plans are the same whatever the number of processes, and `accelerate` must not divide them once more.
+        """
+        args, dataset, share = self.args, self.train_dataset, world()
+        if dataset is None or self.reader is None:
+            raise ValueError("train_dataset=None: pass the pairs to train on.")
+        assert isinstance(dataset, PairDataset)
+        groups = log_q = None
+        if args.mask_same_image:
+            groups = image_groups(dataset.notes, self.model.processor, show_progress_bar=not args.disable_tqdm)
+        if args.logq_correction:
+            # Pairs are drawn evenly, so that a note is drawn as often as it has pairs. Notes of no pair are never
+            # drawn, but for hard negatives: they count as having one.
+            degrees = np.maximum(dataset.related.degrees, 1)
+            log_q = np.log(degrees / degrees.sum()).astype(np.float32)
+        planner = BatchPlanner(
+            dataset.pairs,
+            dataset.related,
+            args.batch_options(share[1]),
+            self._mine_hard_negatives if args.hard_negatives else None,
+        )
+        collator = PlanCollator(self.reader, dataset.related, share, args.mini_batch_size, groups, log_q)
+        loader: DataLoader = DataLoader(
+            dataset,
+            batch_sampler=planner,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # the workers' seeds, which nothing depends on, are not drawn from the run's
+        )
+        return prepare_data_loader(
+            loader, device=args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def _mine_hard_negatives(self, epoch: int) -> np.ndarray:
+        """The hard negatives of an epoch. A file keeps them, as a resumed epoch has to go on with the same."""
+        assert self.reader is not None and isinstance(self.train_dataset, PairDataset)
+        file = self._hard_negatives_folder / f"epoch-{epoch}.npy"
+        self.accelerator.wait_for_everyone()
+        if not file.exists():
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"hard_negatives={self.args.hard_negatives} needs whole weights in every process to mine with, "
+                    "which FSDP and DeepSpeed do not keep: use DDP, or set it to 0."
+                )
+            found = mine_hard_negatives(
+                self.model,
+                self.reader,
+                self.train_dataset.related,
+                self.args.hard_negative_pool,
+                self.args.max_negative_similarity,
+                batch_size=self.args.per_device_eval_batch_size,
+                autocast=self.accelerator.autocast,
+                show_progress_bar=self.is_world_process_zero() and not self.args.disable_tqdm,
+            )
+            if self.is_world_process_zero():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = file.with_suffix(".unfinished")
+                with unfinished.open("wb") as stream:
+                    np.save(stream, found)
+                unfinished.rename(file)
+        self.accelerator.wait_for_everyone()
+        mined: np.ndarray = np.load(file)
+        return mined
+
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, NoteLLM2Output]:
-        """`joint_loss` of a batch of pairs.
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """`joint_loss` of a planned batch, over the notes of all processes.
 
-        `inputs` holds 2N notes, the first ones of N pairs and then their partners, and `note_index` (2N,).
+        `inputs` is what `PlanCollator` returns. The value is W times this process's share of the loss: its mean over
+        the W processes, which is what gradients are averaged to, is the loss. With `return_outputs` the parts of the
+        loss are returned, too.
         """
-        tensors = dict(inputs)
-        note_index = tensors.pop("note_index")
-        output: NoteLLM2Output = model(**tensors)
-        has_image = tensors["has_image"]
-        masked = false_negative_mask(note_index, self.related)
-        assert output.note_embeds is not None and output.logit_scale is not None
-        loss, parts = joint_loss(
-            output.note_embeds,
-            output.visual_embeds,
-            output.logit_scale,
-            has_image,
-            masked,
-            self.args.visual_loss_weight,
-        )
-        parts["temperature"] = 1.0 / output.logit_scale
-        if output.fusion_weight is not None and bool(has_image.any()):
-            parts["fusion_weight"] = output.fusion_weight[has_image].mean()
+        parts: dict[str, Tensor] = {}
+        mini_batches = inputs["mini_batches"]
+
+        def encode(mini_batch: dict[str, Tensor]) -> EncodedRows:
+            # A backward pass may run on a thread of its own, which knows of no autocast.
+            with self.compute_loss_context_manager():
+                return self._encode(model, mini_batch)
+
+        def loss_of(rows: Tensor, logit_scale: Tensor) -> Tensor:
+            has_image = torch.cat([mini_batch["has_image"] for mini_batch in mini_batches])
+            loss, found = self._loss_of_rows(rows, logit_scale, inputs["places"], has_image, inputs["targets"])
+            parts.update(found)
+            return loss
+
+        if self.args.mini_batch_size is not None and self.args.gradcache:
+            loss = cached_loss(encode, mini_batches, loss_of, inputs["passes"], self._no_sync(model))
+        else:
+            loss = loss_of(*self._encode_all(model, mini_batches))
         if model.training:
             for name, value in parts.items():
                 self._parts.setdefault(name, []).append(value.detach().item())
-        return (loss, output) if return_outputs else loss
+            self._parts.setdefault("bad_images", []).append(inputs["bad_images"])
+        return (loss, parts) if return_outputs else loss
+
+    def _encode_all(self, model: nn.Module, mini_batches: Sequence[dict[str, Tensor]]) -> EncodedRows:
+        # DDP allows one forward pass a backward pass, and hears of the other passes' gradients all the same: they add
+        # up before they reach a weight.
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        encoded = [self._encode(inner, mini_batch) for mini_batch in mini_batches[:-1]]
+        encoded.append(self._encode(model, mini_batches[-1]))
+        return EncodedRows(torch.cat([rows for rows, _scale in encoded]), encoded[-1].logit_scale)
+
+    def _encode(self, model: nn.Module, mini_batch: dict[str, Tensor]) -> EncodedRows:
+        """(B, D or 2D, + 1): n_m, n_v where the prompt gives one, and the fusion weight, which takes no gradient."""
+        tensors = dict(mini_batch)
+        if "feature_rows" in tensors:
+            assert self.reader is not None and self.reader.features is not None
+            features = self.reader.features.stack(tensors.pop("feature_rows").tolist())
+            tensors |= send_to_device(features, self.args.device)
+        output: NoteLLM2Output = model(**tensors)
+        assert output.note_embeds is not None and output.logit_scale is not None
+        columns = [output.note_embeds]
+        if self._has_visual:
+            visual = output.visual_embeds
+            columns.append(torch.zeros_like(output.note_embeds) if visual is None else visual)
+        weight = output.note_embeds.new_zeros(len(output.note_embeds), 1)
+        if output.fusion_weight is not None:
+            weight = output.fusion_weight.detach().mean(1, keepdim=True).to(weight.dtype)
+        return EncodedRows(torch.cat([*columns, weight], dim=1), output.logit_scale)
+
+    def _loss_of_rows(
+        self, rows: Tensor, logit_scale: Tensor, places: Tensor, has_image: Tensor, targets: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rank, processes = world()
+        everyone = gather_rows(rows)
+        places, images = gather_rows(torch.stack([places, has_image.long()], dim=1)).T
+        # In the order of the plan, without the notes that could not be read.
+        row_of = torch.full_like(targets["groups"], -1)
+        row_of[places[places >= 0]] = (places >= 0).nonzero().flatten()
+        kept = row_of >= 0
+        order = row_of[kept]
+        embeds, has_image = everyone[order], images[order].bool()
+        width = self._embedding_dim
+        loss, parts = joint_loss(
+            embeds[:, :width],
+            embeds[:, width : 2 * width] if self._has_visual else None,
+            logit_scale,
+            has_image,
+            ContrastiveTargets(**targets).select(kept),
+            self.args.visual_loss_weight,
+            self.args.dims,
+            share=(rank, processes),
+            tile_size=self.args.loss_tile_size,
+        )
+        parts = {name: value * processes for name, value in parts.items()}
+        parts["temperature"] = 1.0 / logit_scale
+        if self.model.late_fusion is not None and bool(has_image.any()):
+            parts["fusion_weight"] = embeds[has_image, -1].mean()
+        parts["notes_per_step"] = kept.sum().float()
+        parts["pairs_per_note"] = torch.tensor(len(targets["positives"]) / 2 / max(len(kept), 1))
+        return loss * processes, parts
+
+    def _no_sync(self, model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+        # FSDP shares gradients in every mini-batch: unshared ones would be as large as the whole model.
+        return model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The sum over the mini-batches of a planned batch, as `Trainer` estimates each."""
+        return sum(super(NoteLLM2Trainer, self).floating_point_ops(part) for part in inputs["mini_batches"])
 
     def prediction_step(
         self,
@@ -228,9 +425,15 @@ class NoteLLM2Trainer(Trainer):
             return None, model(**tensors).note_embeds, note_index
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, the temperature and the mean fusion weight to the training logs."""
+        """Add the parts of the loss, the temperature, the mean fusion weight, the size of the batches and the number of
+        notes whose image could not be read to the training logs."""
         if "loss" in logs:
-            logs |= {name: float(np.mean(values)) for name, values in self._parts.items()}
+            names = sorted(self._parts)
+            means = torch.tensor([float(np.mean(self._parts[name])) for name in names], device=self.args.device)
+            means = self.accelerator.reduce(means, "mean")
+            logs |= dict(zip(names, means.tolist(), strict=True))
+            if "bad_images" in logs:  # how many, not how many a step and process
+                logs["bad_images"] *= len(self._parts["bad_images"]) * self.accelerator.num_processes
             self._parts = {}
         super().log(logs, start_time)
 

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_notellm2 import NoteLLM2Model
-from train.data import NoteDataset, PairDataset
-from train.losses import false_negative_mask, joint_loss
+from train.batches import distinct_notes
+from train.data import NoteReader
+from train.losses import ContrastiveTargets, joint_loss
+from train.related import RelatedNotes
 from train.states import NoteStateTable
 
 PAIRS_PER_STEP = 64
@@ -28,12 +31,14 @@ MAX_NOTES = 16_384
 
 def warm_up_head(
     model: NoteLLM2Model,
-    dataset: PairDataset,
+    reader: NoteReader,
+    pairs: np.ndarray,
     groups: list[dict[str, Any]],
     *,
     steps: int,
     visual_loss_weight: float,
     seed: int,
+    dims: tuple[int, ...] | None = None,
     batch_size: int = 32,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     show_progress_bar: bool = True,
@@ -42,41 +47,49 @@ def warm_up_head(
 
     Args:
         model: the model; its gate, projection, head and temperature are what `groups` may hold.
-        dataset: training pairs, drawn at random, `PAIRS_PER_STEP` a step.
+        reader: reads the training notes.
+        pairs: (P, 2) int64 rows of related notes; `PAIRS_PER_STEP` a step are drawn at random.
         groups: parameter groups of the optimizer, each with its rate.
         steps: number of steps, at least 1.
         visual_loss_weight: α of `joint_loss`.
         seed: of the pairs that are drawn.
+        dims: as in `joint_loss`.
         batch_size: notes a forward pass of the backbones.
         autocast: the mixed precision of that pass.
         show_progress_bar: show progress bars of the pass and of the steps.
 
     Returns:
         The mean loss of the last tenth of the steps.
+
+    Raises:
+        ValueError: no pair is left, as no image can be read.
     """
     generator = torch.Generator().manual_seed(seed)
-    notes, pairs = _choose_pairs(torch.from_numpy(dataset.pairs), generator)
-    singles = NoteDataset(dataset.notes, dataset.features)
-    table = NoteStateTable(model, singles, notes, batch_size, autocast, show_progress_bar)
-    related = dataset.related
+    notes, chosen = _choose_pairs(torch.from_numpy(pairs), generator)
+    table = NoteStateTable(model, reader, notes, batch_size, autocast, show_progress_bar)
+    chosen = chosen[table.kept[chosen].all(1)]
+    if not len(chosen):
+        raise ValueError("no pair is left to warm up on: no image of the training notes can be read.")
+    related = RelatedNotes(pairs, len(reader.notes))
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     with tqdm(total=steps, desc="head warm-up", unit="step", disable=not show_progress_bar) as progress:
         for _ in range(steps):
-            drawn = pairs[torch.randint(len(pairs), (PAIRS_PER_STEP,), generator=generator)]
-            note_index = drawn.T.flatten()  # the first notes of all pairs, then their partners
-            states = table.select(note_index)
+            drawn = chosen[torch.randint(len(chosen), (PAIRS_PER_STEP,), generator=generator)]
+            rows, positives = distinct_notes(drawn.unique(dim=0).numpy())
+            targets = ContrastiveTargets.of_plan(positives, related.among(rows), rows)
+            states = table.select(torch.from_numpy(rows))
             output = model.embed_states(states)
-            masked = false_negative_mask(note_index, related).to(model.device)
             assert output.note_embeds is not None and output.logit_scale is not None
             loss, _parts = joint_loss(
                 output.note_embeds,
                 output.visual_embeds,
                 output.logit_scale,
                 states.has_image,
-                masked,
+                targets.to(model.device),
                 visual_loss_weight,
+                dims,
             )
             loss.backward()
             optimizer.step()

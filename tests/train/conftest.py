@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import set_seed
 
 from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
 from modeling_notellm2 import NoteLLM2Model
 from pairs.query import PairOptions
 from pairs.simulate import SimulationOptions, simulate
-from pairs.split import NotesAndPairs, SplitOptions, load_split, make_splits
-from pairs.tables import load_notes, related_indices
-from train.arguments import NoteLLM2TrainingArguments
-from train.data import NoteDataset, PairDataset
+from pairs.split import NotesAndPairs, SplitOptions, make_splits
+from pairs.tables import load_notes
+from tests.train import tiny
 from train.trainer import NoteLLM2Trainer
 
 OPTIONS = SimulationOptions(notes=96, subjects=3, looks=3, users=150, image_size=24, seed=1)
@@ -29,12 +27,18 @@ def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def splits(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NotesAndPairs]:
-    """Train, validation and test of the small world."""
+def splits_folder(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train, validation and test of the small world, on disk."""
     folder = tmp_path_factory.mktemp("splits")
     notes, views = load_notes(world_folder / "notes.jsonl"), world_folder / "views.csv"
     make_splits(notes, views, PairOptions(score="cosine", top_k=5), SplitOptions(validation=0.2, test=0.2), folder)
-    return {name: load_split(folder, name) for name in ("train", "validation", "test")}
+    return folder
+
+
+@pytest.fixture(scope="session")
+def splits(splits_folder: Path) -> dict[str, NotesAndPairs]:
+    """The same, loaded."""
+    return tiny.load_splits(splits_folder)
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +54,7 @@ def build_model(backbones: tuple[Path, Path]) -> Callable[..., NoteLLM2Model]:
     """A fresh tiny model; the same settings give the same weights."""
 
     def build(**config: Any) -> NoteLLM2Model:
-        set_seed(0)
-        qformer = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        settings = {"num_visual_tokens": 2, "embedding_dim": 16, "qformer_config": qformer, **config}
-        return NoteLLM2Model.from_backbones(*backbones, **settings)
+        return tiny.build_model(backbones, **config)
 
     return build
 
@@ -65,26 +66,7 @@ def build_trainer(
     """A trainer on the small world; keyword arguments go to the training arguments."""
 
     def build(model: NoteLLM2Model | None = None, **arguments: Any) -> NoteLLM2Trainer:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 6,
-            "per_device_eval_batch_size": 16,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "eval_ks": [5, 10],
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **arguments,
-        }
-        validation = splits["validation"]
-        return NoteLLM2Trainer(
-            model=model or build_model(),
-            args=NoteLLM2TrainingArguments(**settings),
-            train_dataset=PairDataset(*splits["train"]),
-            eval_dataset=NoteDataset(validation.notes),
-            eval_related=related_indices(list(validation.notes["note_id"]), validation.pairs),
-        )
+        output_dir = arguments.pop("output_dir", tmp_path / "run")
+        return tiny.build_trainer(splits, model or build_model(), output_dir, **arguments)
 
     return build

@@ -1,14 +1,21 @@
-"""Pairs and batches."""
+"""From tables to batches."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
+from modeling_notellm2 import NoteError, NoteLLM2Model
 from pairs.split import NotesAndPairs
-from train.data import NoteCollator, NoteDataset, PairDataset
-from train.features import VisionFeatureTable
+from train.batches import BatchOptions, BatchPlan, BatchPlanner
+from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, without_bad_images
+from train.losses import ContrastiveTargets
+
+BuildModel = Callable[..., NoteLLM2Model]
 
 NOTES = Dataset.from_dict({"note_id": ["a", "b", "c"], "title": ["one", "two", "three"]})
 
@@ -20,9 +27,7 @@ def table(*pairs: tuple[str, str]) -> Dataset:
 def test_each_unordered_pair_is_one_example():
     dataset = PairDataset(NOTES, table(("a", "c"), ("c", "a"), ("b", "a")))
     assert dataset.pairs.tolist() == [[0, 2], [0, 1]]
-    group = dataset[0]
-    assert [note["title"] for note in group.notes] == ["one", "three"] and group.indices == [0, 2]
-    assert dataset.related.matrix(torch.arange(3)).int().tolist() == [[0, 1, 1], [1, 0, 0], [1, 0, 0]]
+    assert dataset.related.among(np.arange(3)).tolist() == [[0, 1], [0, 2], [1, 0], [2, 0]]
 
 
 def test_refuses_unknown_notes_and_no_pairs():
@@ -32,21 +37,150 @@ def test_refuses_unknown_notes_and_no_pairs():
         PairDataset(NOTES, table())
 
 
-def test_batch_holds_first_notes_then_their_partners(splits: dict[str, NotesAndPairs], build_model):
+def plan_of(notes: list[int], **withheld: list[bool]) -> BatchPlan:
+    nothing = np.zeros(len(notes), dtype=bool)
+    text, image = (np.array(withheld.get(name, nothing)) for name in ("text", "image"))
+    half = np.arange(len(notes)) ^ 1  # neighbours are pairs
+    positives = np.stack([np.arange(len(notes)), half], axis=1)
+    return BatchPlan(np.array(notes), positives[half < len(notes)], text, image)
+
+
+@pytest.fixture
+def bad_notes(splits: dict[str, NotesAndPairs], tmp_path: Path) -> Dataset:
+    """Training notes: 1 has no image, 2 a damaged one, 3 a missing one, 4 a damaged one and no text."""
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no picture")
+    notes = list(splits["train"].notes.select(range(8)))
+    blank = {"title": "", "topics": [], "content": ""}
+    notes[1] |= {"image": None}
+    notes[2] |= {"image": str(damaged)}
+    notes[3] |= {"image": str(tmp_path / "missing.png")}
+    notes[4] |= {"image": str(damaged), **blank}
+    return Dataset.from_list(notes)
+
+
+def test_a_plan_becomes_mini_batches_of_like_length(splits: dict[str, NotesAndPairs], build_model: BuildModel):
+    processor, dataset = build_model().processor, PairDataset(*splits["train"])
+    reader = NoteReader(dataset.notes, processor)
+    (plan, *_rest) = BatchPlanner(dataset.pairs, dataset.related, BatchOptions(pairs=5)).plans()
+    batch = PlanCollator(reader, dataset.related, mini_batch_size=3)([plan])
+    assert batch["bad_images"] == 0 and batch["passes"] == len(batch["mini_batches"]) == -(-len(plan.notes) // 3)
+    places = batch["places"].tolist()
+    assert sorted(places) == list(range(len(plan.notes)))
+    start, lengths = 0, []
+    for mini_batch in batch["mini_batches"]:
+        rows = plan.notes[places[start : start + 3]].tolist()
+        expected = processor([dataset.notes[row] for row in rows])
+        assert mini_batch.keys() == expected.keys()
+        assert all(torch.equal(mini_batch[name], expected[name]) for name in expected)
+        lengths += mini_batch["attention_mask"].sum(1).tolist()
+        start += 3
+    assert lengths == sorted(lengths, reverse=True)
+    targets = ContrastiveTargets(**batch["targets"])
+    assert torch.equal(targets.positives, torch.from_numpy(plan.positives))
+    related = {tuple(plan.notes[pair].tolist()) for pair in targets.related}
+    known = {tuple(pair) for pair in dataset.pairs.tolist()} | {tuple(pair) for pair in dataset.pairs[:, ::-1].tolist()}
+    assert related == {(a, b) for a, b in known if {a, b} <= set(plan.notes.tolist())}
+
+
+@pytest.mark.parametrize("processes", [2, 3, 16])
+def test_shares_are_the_whole_plan(processes: int, splits: dict[str, NotesAndPairs], build_model: BuildModel):
+    dataset, processor = PairDataset(*splits["train"]), build_model().processor
+    reader = NoteReader(dataset.notes, processor)
+    (plan, *_rest) = BatchPlanner(dataset.pairs, dataset.related, BatchOptions(pairs=4)).plans()
+    batches = [PlanCollator(reader, dataset.related, (i, processes), 2)([plan]) for i in range(processes)]
+    places = [place for batch in batches for place in batch["places"].tolist()]
+    assert sorted(place for place in places if place >= 0) == list(range(len(plan.notes)))
+    assert places.count(-1) == max(0, processes - len(plan.notes))  # an empty share is filled
+    assert len({batch["passes"] for batch in batches}) == 1
+    assert all(len(batch["mini_batches"]) <= batch["passes"] for batch in batches)
+    assert all(torch.equal(batch["targets"]["positives"], batches[0]["targets"]["positives"]) for batch in batches)
+
+
+def test_withheld_text_and_image(splits: dict[str, NotesAndPairs], build_model: BuildModel):
+    processor, dataset = build_model().processor, PairDataset(*splits["train"])
+    reader = NoteReader(dataset.notes, processor)
+    note = dataset.notes[0]
+    whole, text_withheld = reader.read(0)[0], reader.read(0, withhold_text=True)[0]
+    image_withheld = reader.read(0, withhold_image=True)[0]
+    assert whole.input_ids == processor.encode_note(note).input_ids
+    assert text_withheld.input_ids == processor.encode_note({"image": note["image"]}).input_ids
+    assert torch.equal(text_withheld.pixels["pixel_values"], whole.pixels["pixel_values"])
+    assert image_withheld.input_ids == processor.encode_note({**note, "image": None}).input_ids
+    assert image_withheld.image is None
+    collate = PlanCollator(reader, dataset.related)
+    batch = collate([plan_of([0, 1, 2, 3], image=[True, False, False, True])])
+    has_image = dict(zip(batch["places"].tolist(), batch["mini_batches"][0]["has_image"].tolist(), strict=True))
+    assert has_image == {0: False, 1: True, 2: True, 3: False}
+
+
+def test_a_note_that_has_nothing_else_keeps_its_text_or_image(
+    splits: dict[str, NotesAndPairs], build_model: BuildModel
+):
+    notes = list(splits["train"].notes.select(range(2)))
+    notes[0] |= {"image": None}
+    notes[1] |= {"title": "", "topics": [], "content": ""}
+    reader = NoteReader(Dataset.from_list(notes), build_model().processor)
+    for row in (0, 1):
+        plain = reader.read(row)[0]
+        for withheld in ({"withhold_text": True}, {"withhold_image": True}):
+            assert reader.read(row, **withheld)[0].input_ids == plain.input_ids
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "with_image"),
+    [("text-only", [0, 1, 2, 3, 5], [0, 5]), ("drop-pair", [0, 1, 5], [0, 5])],
+)
+def test_bad_images_follow_the_rule_and_are_counted(
+    rule: Any, kept: list[int], with_image: list[int], bad_notes: Dataset, build_model: BuildModel
+):
+    dataset = PairDataset(
+        bad_notes,
+        Dataset.from_list(
+            [{"note_id": n["note_id"], "related_note_id": m["note_id"]} for n, m in [(bad_notes[0], bad_notes[1])]]
+        ),
+    )
+    collate = PlanCollator(NoteReader(bad_notes, build_model().processor, None, rule), dataset.related)
+    batch = collate([plan_of([0, 1, 2, 3, 4, 5])])
+    assert batch["bad_images"] == 3
+    assert sorted(batch["places"].tolist()) == kept
+    has_image = batch["mini_batches"][0]["has_image"]
+    assert sorted(batch["places"][has_image].tolist()) == with_image
+
+
+def test_bad_images_end_the_run_only_if_asked(bad_notes: Dataset, build_model: BuildModel):
+    reader = NoteReader(bad_notes, build_model().processor, None, "raise")
+    assert reader.read(0)[1] is False and reader.read(1)[1] is False
+    for row, words in ((2, "cannot be read"), (3, "no file")):
+        with pytest.raises(NoteError, match=words):
+            reader.read(row)
+
+
+def test_other_faults_of_a_note_are_no_bad_images(bad_notes: Dataset, build_model: BuildModel):
+    notes = [{**bad_notes[0], "title": 5}, {**bad_notes[0], "title": "", "content": "", "topics": [], "image": None}]
+    reader = NoteReader(notes, build_model().processor, None, "text-only")
+    for row, words in ((0, "title"), (1, "neither text nor image")):
+        with pytest.raises(NoteError, match=words):
+            reader.read(row)
+
+
+def test_test_notes_lose_unreadable_images(bad_notes: Dataset, build_model: BuildModel):
     processor = build_model().processor
-    dataset = PairDataset(*splits["train"])
-    batch = NoteCollator(processor)([dataset[0], dataset[1], dataset[2]])
-    firsts, seconds = dataset.pairs[:3].T.tolist()
-    assert batch["note_index"].tolist() == [*firsts, *seconds]
-    expected = processor([dataset.notes[i] for i in [*firsts, *seconds]])
-    for name in expected:
-        assert torch.equal(batch[name], expected[name]), name
+    notes, count = without_bad_images([bad_notes[i] for i in (0, 1, 2, 3)], processor)
+    assert count == 2 and [note["image"] is not None for note in notes] == [True, False, False, False]
+    with pytest.raises(NoteError, match="neither text nor image"):
+        without_bad_images([bad_notes[4]], processor)
 
 
-def test_evaluation_batch_holds_single_notes(splits: dict[str, NotesAndPairs], build_model):
-    dataset = NoteDataset(splits["test"].notes)
-    batch = NoteCollator(build_model().processor)([dataset[2], dataset[0]])
+def test_evaluation_batch_holds_single_notes(splits: dict[str, NotesAndPairs], build_model: BuildModel):
+    notes = splits["test"].notes
+    batch = NoteCollator(NoteReader(notes, build_model().processor))([NoteDataset(notes)[row] for row in (2, 0)])
     assert batch["note_index"].tolist() == [2, 0] and batch["input_ids"].shape[0] == 2
+
+
+def test_evaluation_keeps_the_place_of_a_note_of_which_nothing_is_left(bad_notes: Dataset, build_model: BuildModel):
+    batch = NoteCollator(NoteReader(bad_notes, build_model().processor, None, "text-only"))([3, 4, 0])
+    assert batch["note_index"].tolist() == [3, 4, 0] and batch["has_image"].tolist() == [False, False, True]
 
 
 def test_no_test_or_validation_note_is_trained_on(splits: dict[str, NotesAndPairs]):
@@ -55,35 +189,3 @@ def test_no_test_or_validation_note_is_trained_on(splits: dict[str, NotesAndPair
     for name in ("validation", "test"):
         assert seen.isdisjoint(splits[name].notes["note_id"])
     assert seen <= set(train.notes["note_id"])
-
-
-def test_kept_features_train_exactly_like_pixels(splits: dict[str, NotesAndPairs], build_model, build_trainer):
-    """The loss curve with the tower run once is the one with the tower run in every step."""
-    recomputed = build_trainer(build_model(), max_steps=3)
-    recomputed.train()
-    model = build_model()
-    kept = build_trainer(model, max_steps=3)
-    kept.train_dataset.features = VisionFeatureTable(model, splits["train"].notes, batch_size=7)
-    assert "pixel_values" not in kept.data_collator([kept.train_dataset[0]])
-    kept.train()
-    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (recomputed, kept)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and len(losses[0]) == 3
-    # Control: other notes' features would show.
-    groups = [kept.train_dataset[0], kept.train_dataset[1]]
-    swapped = [replace(group, indices=[index + 1 for index in group.indices]) for group in groups]
-    with torch.no_grad():
-        right, wrong = (kept.compute_loss(model.eval(), kept.data_collator(g)) for g in (groups, swapped))
-    assert abs(right - wrong) > 1e-5
-
-
-def test_notes_without_image_have_no_features(splits: dict[str, NotesAndPairs], build_model):
-    model, notes = build_model(), list(splits["test"].notes)[:4]
-    notes[1] = {**notes[1], "image": None}
-    table = VisionFeatureTable(model, notes, batch_size=2)
-    assert [i in table for i in range(4)] == [True, False, True, True]
-    assert table.stack([1]) == {} and table.stack([0, 1, 2])["pooled_embeds"].shape[0] == 2
-
-
-def test_features_of_a_training_tower_are_refused(splits: dict[str, NotesAndPairs], build_model):
-    with pytest.raises(ValueError, match="freeze_vision_tower=False"):
-        VisionFeatureTable(build_model(freeze_vision_tower=False), list(splits["test"].notes))

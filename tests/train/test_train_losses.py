@@ -8,36 +8,61 @@ from sentence_transformers.losses import MultipleNegativesRankingLoss
 from torch import Tensor
 from torch.nn import functional
 
-from train.losses import RelatedNotes, contrastive_loss, false_negative_mask, joint_loss
+from train import losses
+from train.losses import ContrastiveTargets, contrastive_loss, joint_loss, leading_dimensions
 
 
-def random_embeds(rows: int, seed: int = 0) -> Tensor:
+def random_embeds(rows: int, seed: int = 0, width: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return functional.normalize(torch.randn(rows, 16, generator=generator), dim=-1)
+    return functional.normalize(torch.randn(rows, width, generator=generator), dim=-1)
 
 
-def written_out(embeds: Tensor, scale: float, negatives: list[list[int]]) -> Tensor:
-    """The formula in loops: `negatives[i]` are the negatives of anchor i."""
-    half = len(embeds) // 2
-    losses = []
-    for i, others in enumerate(negatives):
-        positive = scale * embeds[i] @ embeds[(i + half) % len(embeds)]
-        logits = torch.stack([positive, *(scale * embeds[i] @ embeds[j] for j in others)])
-        losses.append(torch.logsumexp(logits, 0) - positive)
-    return torch.stack(losses).mean()
+def random_targets(rows: int, seed: int = 0) -> ContrastiveTargets:
+    """Several positives for some, none for others, further related notes, groups, log_q."""
+    generator = np.random.default_rng(seed)
+
+    def pairs(count: int) -> np.ndarray:
+        drawn = generator.integers(0, rows, (count, 2))
+        drawn = drawn[drawn[:, 0] != drawn[:, 1]]
+        return np.unique(np.concatenate([drawn, drawn[:, ::-1]]), axis=0)
+
+    groups = generator.integers(0, rows // 2, rows) * 10
+    log_q = np.log(generator.dirichlet(np.ones(rows)))
+    return ContrastiveTargets.of_plan(pairs(rows), pairs(rows // 2), groups, log_q)
 
 
-def all_others(rows: int) -> list[list[int]]:
-    return [[j for j in range(rows) if j not in (i, (i + rows // 2) % rows)] for i in range(rows)]
+def written_out(embeds: Tensor, scale: Tensor | float, targets: ContrastiveTargets) -> Tensor:
+    """The formula in loops."""
+    positives = [tuple(pair) for pair in targets.positives.tolist()]
+    skipped = set(positives) | {tuple(pair) for pair in targets.related.tolist()}
+    log_q = torch.zeros(len(embeds)) if targets.log_q is None else targets.log_q
+    found = []
+    for anchor, positive in positives:
+        negatives = [
+            note
+            for note in range(len(embeds))
+            if targets.groups[note] != targets.groups[anchor] and (anchor, note) not in skipped
+        ]
+        logits = torch.stack([scale * embeds[anchor] @ embeds[note] - log_q[note] for note in [positive, *negatives]])
+        found.append(torch.logsumexp(logits, 0) - logits[0])
+    return torch.stack(found).mean()
 
 
-def test_equals_the_formula_written_out():
-    embeds = random_embeds(10)
-    assert contrastive_loss(embeds, 20.0).item() == pytest.approx(written_out(embeds, 20.0, all_others(10)).item())
+def of_pairs(rows: int) -> ContrastiveTargets:
+    return ContrastiveTargets.of_pairs(rows // 2)
+
+
+def test_equals_the_formula_of_the_paper():
+    """Every one of 2N notes has its partner as positive, and all others as negatives."""
+    embeds, half = random_embeds(10), 5
+    logits = 20.0 * embeds @ embeds.T
+    logits = logits.masked_fill(torch.eye(10, dtype=torch.bool), float("-inf"))
+    expected = functional.cross_entropy(logits, torch.arange(10).roll(half))
+    assert contrastive_loss(embeds, 20.0, of_pairs(10)).item() == pytest.approx(expected.item())
     # Controls: another scale, and the paper's bug of one direction only, must differ.
-    assert contrastive_loss(embeds, 10.0).item() != pytest.approx(written_out(embeds, 20.0, all_others(10)).item())
-    one_way = written_out(embeds, 20.0, all_others(10)[:5])
-    assert contrastive_loss(embeds, 20.0).item() != pytest.approx(one_way.item())
+    assert contrastive_loss(embeds, 10.0, of_pairs(10)).item() != pytest.approx(expected.item(), abs=1e-3)
+    one_way = of_pairs(10)._replace(positives=of_pairs(10).positives[:5])
+    assert contrastive_loss(embeds, 20.0, one_way).item() != pytest.approx(expected.item(), abs=1e-3)
 
 
 def test_equals_two_swapped_passes_of_sentence_transformers():
@@ -52,86 +77,138 @@ def test_equals_two_swapped_passes_of_sentence_transformers():
     first, second = embeds.chunk(2)
     passes = [loss.compute_loss_from_embeddings(list(pair), None) for pair in ((first, second), (second, first))]
     expected = torch.stack(passes).mean()
-    assert contrastive_loss(embeds, 20.0).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert contrastive_loss(embeds, 20.0, of_pairs(12)).item() == pytest.approx(expected.item(), abs=1e-6)
     # Control: one pass alone is another number.
-    assert contrastive_loss(embeds, 20.0).item() != pytest.approx(passes[0].item(), abs=1e-4)
+    assert contrastive_loss(embeds, 20.0, of_pairs(12)).item() != pytest.approx(passes[0].item(), abs=1e-4)
 
 
-def test_the_same_note_and_related_notes_are_no_negatives():
-    embeds = random_embeds(8, seed=2)
-    note_ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])  # the first note is the partner of the last pair, too
-    related = RelatedNotes(np.array([(1, 6), (0, 4), (9, 2)]), num_notes=10)
-    negatives = all_others(8)
-    negatives[0].remove(7)
-    negatives[7].remove(0)
-    negatives[1].remove(6)
-    negatives[6].remove(1)
-    negatives[7].remove(4)  # row 7 is note 0, which is related to note 4
-    negatives[4].remove(7)
-    masked = contrastive_loss(embeds, 20.0, false_negative_mask(note_ids, related))
-    assert masked.item() == pytest.approx(written_out(embeds, 20.0, negatives).item())
-    assert masked.item() != pytest.approx(contrastive_loss(embeds, 20.0).item())  # the mask matters
+@pytest.mark.parametrize("tile_size", [1, 3, 7, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_tiles_give_the_loss_and_the_gradients_of_the_whole(tile_size: int, seed: int):
+    """Several positives an anchor, related notes, groups and logQ, against loops and autograd."""
+    targets = random_targets(20, seed)
+    raw = torch.randn(20, 16, generator=torch.Generator().manual_seed(seed))
+    found, expected = [], []
+    for result, loss_of in (
+        (found, lambda x, s: contrastive_loss(x, s, targets, tile_size=tile_size)),
+        (expected, lambda x, s: written_out(x, s, targets)),
+    ):
+        leaf, scale = raw.clone().requires_grad_(), torch.tensor(9.0, requires_grad=True)
+        loss = loss_of(functional.normalize(leaf, dim=-1), scale)
+        loss.backward()
+        result += [loss.detach(), leaf.grad, scale.grad]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert expected[1].abs().max() > 1e-3 and expected[2].abs() > 1e-4
 
 
-def test_the_partner_stays_though_it_is_a_related_note():
-    embeds = random_embeds(4, seed=3)
-    related = RelatedNotes(np.array([(0, 2), (1, 3)]), num_notes=4)
-    mask = false_negative_mask(torch.arange(4), related)
-    assert mask[0, 2] and mask[1, 3]
-    assert contrastive_loss(embeds, 20.0, mask).item() == pytest.approx(contrastive_loss(embeds, 20.0).item())
+@pytest.mark.parametrize("name", ["positives", "related", "groups", "log_q"])
+def test_every_part_of_the_targets_matters(name: str):
+    """The control of the test above: without one part the loss is another."""
+    embeds, targets = random_embeds(20, seed=5), random_targets(20)
+    without = {
+        "positives": targets.positives[1:],
+        "related": targets.related[:0],
+        "groups": torch.arange(20),
+        "log_q": None,
+    }
+    whole = contrastive_loss(embeds, 9.0, targets)
+    assert abs(whole - contrastive_loss(embeds, 9.0, targets._replace(**{name: without[name]}))) > 1e-3
 
 
-def test_related_notes_count_both_ways_and_only_where_known():
-    related = RelatedNotes(np.array([(3, 1)]), num_notes=5)
-    matrix = related.matrix(torch.tensor([1, 3, 4, 1]))
-    assert matrix.nonzero().tolist() == [[0, 1], [1, 0], [1, 3], [3, 1]]
-    assert not RelatedNotes(np.array([]), num_notes=5).matrix(torch.arange(5)).any()
+def test_shares_add_up_to_the_loss():
+    targets = random_targets(20)
+    for count in (2, 3, 25):  # 25: some have no anchor
+        leaf = random_embeds(20, seed=3).requires_grad_()
+        contrastive_loss(leaf, 9.0, targets).backward()
+        expected, leaf.grad = leaf.grad, None
+        shares = [contrastive_loss(leaf, 9.0, targets, (index, count), tile_size=6) for index in range(count)]
+        torch.stack(shares).sum().backward()
+        assert sum(shares).item() == pytest.approx(contrastive_loss(leaf, 9.0, targets).item())
+        torch.testing.assert_close(leaf.grad, expected)
+        assert shares[0].item() != pytest.approx(sum(shares).item(), abs=1e-3)
 
 
-def test_gradients_reach_embeddings_and_scale():
-    embeds = torch.randn(6, 8, generator=torch.Generator().manual_seed(4), requires_grad=True)
-    log_scale = torch.tensor(2.0, requires_grad=True)
-    contrastive_loss(functional.normalize(embeds, dim=-1), log_scale.exp()).backward()
-    assert embeds.grad is not None and (embeds.grad.abs().sum(1) > 0).all()
-    numeric = (
-        contrastive_loss(functional.normalize(embeds, dim=-1), torch.tensor(2.001).exp())
-        - contrastive_loss(functional.normalize(embeds, dim=-1), torch.tensor(1.999).exp())
-    ) / 0.002
-    assert log_scale.grad is not None and log_scale.grad.item() == pytest.approx(numeric.item(), rel=1e-2)
+def test_anchors_without_negatives_or_positives_are_finite():
+    leaf = random_embeds(4).requires_grad_()
+    all_alike = of_pairs(4)._replace(groups=torch.zeros(4, dtype=torch.int64))
+    for targets in (all_alike, of_pairs(4)._replace(positives=torch.empty(0, 2, dtype=torch.int64))):
+        leaf.grad = None
+        loss = contrastive_loss(leaf, 20.0, targets)
+        loss.backward()
+        assert loss.item() == 0.0 and torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("rows", [0, 3])
-def test_refuses_rows_that_are_no_pairs(rows: int):
-    with pytest.raises(ValueError, match=f"{rows} rows"):
-        contrastive_loss(torch.randn(rows, 4), 20.0)
+def test_autocast_does_not_round_the_loss():
+    embeds = random_embeds(12)
+    expected = contrastive_loss(embeds, 20.0, of_pairs(12))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert contrastive_loss(embeds, 20.0, of_pairs(12)).item() == expected.item()
+        assert (embeds @ embeds.T).dtype == torch.bfloat16  # control: it would
 
 
-def test_joint_loss_weighs_both_and_leaves_pairs_without_two_images_out():
+def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch):
+    """The largest tensor that the loss makes of 4,096 notes is far below their 64 MB matrix, both ways."""
+    largest = 0
+    original = losses._tiles
+
+    def watched(*arguments):
+        nonlocal largest
+        for rows, columns, masked in original(*arguments):
+            largest = max(largest, masked.numel())
+            yield rows, columns, masked
+
+    monkeypatch.setattr(losses, "_tiles", watched)
+    leaf = random_embeds(4096, width=8).requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        contrastive_loss(leaf, 20.0, of_pairs(4096), tile_size=256).backward()
+    assert largest == 256 * 256
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 4096 * 4096 * 4 / 16
+
+
+def test_joint_loss_weighs_both_and_learns_v_from_notes_with_image():
     embeds, visual = random_embeds(8, seed=1), random_embeds(8, seed=2)
-    masked, everywhere = torch.eye(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool)
-    loss_m, loss_v = contrastive_loss(embeds, 20.0), contrastive_loss(visual, 20.0)
-    loss, parts = joint_loss(embeds, visual, 20.0, everywhere, masked, 0.25)
+    targets, everywhere = of_pairs(8), torch.ones(8, dtype=torch.bool)
+    loss_m, loss_v = contrastive_loss(embeds, 20.0, targets), contrastive_loss(visual, 20.0, targets)
+    loss, parts = joint_loss(embeds, visual, 20.0, everywhere, targets, 0.25)
     assert loss.item() == pytest.approx(((loss_m + 0.25 * loss_v) / 1.25).item())
     assert parts["loss_m"].item() == pytest.approx(loss_m.item()) and parts["loss_v"].item() == pytest.approx(loss_v)
 
     one_missing = everywhere.clone()
-    one_missing[5] = False  # the partner of 1
-    rows = [0, 2, 3, 4, 6, 7]
-    expected = (loss_m + 0.25 * contrastive_loss(visual[rows], 20.0)) / 1.25
-    found, _ = joint_loss(embeds, visual, 20.0, one_missing, masked, 0.25)
+    one_missing[5] = False  # the partner of 1, which stays a negative of the others
+    others = targets._replace(positives=torch.tensor([(0, 4), (2, 6), (3, 7), (4, 0), (6, 2), (7, 3)]))
+    rows = [0, 1, 2, 3, 4, 6, 7]
+    moved = others._replace(positives=others.positives - (others.positives > 5).long(), groups=torch.arange(7))
+    expected = (loss_m + 0.25 * contrastive_loss(visual[rows], 20.0, moved)) / 1.25
+    found, _ = joint_loss(embeds, visual, 20.0, one_missing, targets, 0.25)
     assert found.item() == pytest.approx(expected.item()) and found.item() != pytest.approx(loss.item())
 
     no_pair = torch.tensor([True, False, True, False, False, True, False, True])
     for arguments in ((visual, everywhere, 0.0), (visual, no_pair, 0.25), (None, everywhere, 0.25)):
-        alone, parts = joint_loss(embeds, arguments[0], 20.0, arguments[1], masked, arguments[2])
+        alone, parts = joint_loss(embeds, arguments[0], 20.0, arguments[1], targets, arguments[2])
         assert alone.item() == loss_m.item() and set(parts) == {"loss_m"}
 
 
-def test_related_notes_answer_for_every_pair():
-    generator = torch.Generator().manual_seed(0)
-    pairs = {(a, b) for a, b in torch.randint(40, (60, 2), generator=generator).tolist() if a != b}
-    ids = torch.randint(40, (50,), generator=generator)
-    found = RelatedNotes(np.array(sorted(pairs)), 40).matrix(ids)
-    expected = [[(a, b) in pairs or (b, a) in pairs for b in ids.tolist()] for a in ids.tolist()]
-    assert found.tolist() == expected and found.any() and not found.all()
-    assert not RelatedNotes(np.array([]), 40).matrix(ids).any()
+def test_leading_dimensions_are_embeddings_of_their_own():
+    embeds, visual, targets = random_embeds(8, seed=1), random_embeds(8, seed=2), of_pairs(8)
+    everywhere = torch.ones(8, dtype=torch.bool)
+    loss, parts = joint_loss(embeds, visual, 20.0, everywhere, targets, 0.25, dims=(4, 16))
+    short = functional.normalize(embeds[:, :4], dim=-1)
+    expected = (contrastive_loss(short, 20.0, targets) + contrastive_loss(embeds, 20.0, targets)) / 2
+    assert parts["loss_m"].item() == pytest.approx(expected.item())
+    assert torch.equal(leading_dimensions(embeds, 4), short) and torch.equal(leading_dimensions(embeds, 16), embeds)
+    assert loss.item() != pytest.approx(joint_loss(embeds, visual, 20.0, everywhere, targets, 0.25)[0].item(), abs=1e-3)
+
+
+def test_select_keeps_what_is_among_the_kept():
+    targets = random_targets(20)
+    kept = torch.rand(20, generator=torch.Generator().manual_seed(1)) > 0.3
+    embeds = random_embeds(20)
+    old = kept.nonzero().flatten().tolist()
+    chosen = targets.select(kept)
+    for name in ("positives", "related"):
+        found = {(old[a], old[b]) for a, b in getattr(chosen, name).tolist()}
+        everything = {tuple(pair) for pair in getattr(targets, name).tolist()}
+        assert found == {(a, b) for a, b in everything if kept[a] and kept[b]} and found < everything
+    assert torch.equal(chosen.groups, targets.groups[kept]) and torch.equal(chosen.log_q, targets.log_q[kept])
+    assert contrastive_loss(embeds[kept], 9.0, chosen).isfinite()

@@ -111,7 +111,7 @@ def test_warms_up_the_head_and_goes_on_from_a_checkpoint(
     ("options", "message"),
     [
         (["--notes", "nowhere.csv", "--views", "nowhere.csv"], "nowhere.csv"),
-        (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "last"], "holds no whole checkpoint"),
         (["--num_simulated_notes", "192", "--prompt", "text", "--late_fusion", "none"], "late_fusion=None"),
         (
             ["--num_simulated_notes", "192", *NO_HEAD, "--head_warmup_steps", "3", "--head_learning_rate", "1e-3"],

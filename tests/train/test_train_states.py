@@ -1,6 +1,7 @@
 """The states that are kept are those of a forward pass."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from datasets import Dataset
 
 from modeling_notellm2 import NoteLLM2Model
 from pairs.split import NotesAndPairs
-from train.data import NoteCollator, NoteDataset
-from train.features import VisionFeatureTable
+from train.data import NoteReader
+from train.features import VisionFeatureStore
 from train.states import NoteStateTable
 
 BuildModel = Callable[..., NoteLLM2Model]
@@ -26,14 +27,15 @@ def without_some_images(splits: dict[str, NotesAndPairs]) -> Dataset:
 
 
 @pytest.mark.parametrize("kept_features", [False, True])
-def test_equal_to_a_forward_pass(kept_features: bool, build_model: BuildModel, splits: dict[str, NotesAndPairs]):
+def test_equal_to_a_forward_pass(
+    kept_features: bool, build_model: BuildModel, splits: dict[str, NotesAndPairs], tmp_path: Path
+):
     """In another order than they were run in, some twice, mixed and all without image."""
     model, notes = build_model().eval(), without_some_images(splits)
-    singles = NoteDataset(notes, VisionFeatureTable(model, notes) if kept_features else None)
-    table = NoteStateTable(model, singles, torch.arange(1, 22), batch_size=5)
+    features = VisionFeatureStore(tmp_path, model).table(notes) if kept_features else None
+    table = NoteStateTable(model, NoteReader(notes, model.processor, features), torch.arange(1, 22), batch_size=5)
     for rows in ([7, 3, 19, 6, 3], [9, 6]):
-        batch = NoteCollator(model.processor)([NoteDataset(notes)[row] for row in rows])
-        del batch["note_index"]
+        batch = model.processor([notes[row] for row in rows])
         with torch.no_grad():
             expected = model(**batch)
             found = model.embed_states(table.select(torch.tensor(rows)))
@@ -47,7 +49,8 @@ def test_equal_to_a_forward_pass(kept_features: bool, build_model: BuildModel, s
 
 
 def test_states_that_are_not_kept_are_refused(build_model: BuildModel, splits: dict[str, NotesAndPairs]):
-    table = NoteStateTable(build_model(), NoteDataset(splits["train"].notes), torch.tensor([2, 5]))
+    model = build_model()
+    table = NoteStateTable(model, NoteReader(splits["train"].notes, model.processor), torch.tensor([2, 5]))
     with pytest.raises(ValueError, match="note 3 is not among"):
         table.select(torch.tensor([5, 3]))
 
@@ -57,7 +60,7 @@ def test_states_keep_the_dtype_of_the_weights(
     dtype: torch.dtype, build_model: BuildModel, splits: dict[str, NotesAndPairs]
 ):
     model = build_model().to(dtype).eval()
-    table = NoteStateTable(model, NoteDataset(splits["train"].notes), torch.tensor([2, 5, 6]))
+    table = NoteStateTable(model, NoteReader(splits["train"].notes, model.processor), torch.tensor([2, 5, 6]))
     states = table.select(torch.tensor([6, 2]))
     assert states.note_states.dtype == states.pooled_embeds.dtype == dtype
     found, wrong = model.embed_states(states), model.embed_states(table.select(torch.tensor([2, 6])))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, TrainerCallback
 
 from evaluation.metrics import retrieval_metrics
-from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2Output
 from pairs.split import NotesAndPairs
 from pairs.tables import related_indices
-from train.losses import contrastive_loss, false_negative_mask
+from train.losses import ContrastiveTargets, contrastive_loss
 from train.trainer import NoteLLM2Trainer, RetrievalEvaluation
 
 BuildTrainer = Callable[..., NoteLLM2Trainer]
@@ -60,35 +60,74 @@ def test_fixed_temperature_stays(build_model: BuildModel, build_trainer: BuildTr
     assert model.temperature == pytest.approx(0.1)
 
 
+def first_batch(trainer: NoteLLM2Trainer) -> dict[str, Any]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def outputs_in_plan_order(trainer: NoteLLM2Trainer, batch: dict[str, Any]) -> tuple[NoteLLM2Output, torch.Tensor]:
+    """The forward pass of a batch, and for each place of its plan the row of that pass."""
+    return trainer.model(**batch["mini_batches"][0]), batch["places"].argsort()
+
+
 def test_loss_is_the_weighted_mean_of_both_readouts(build_trainer: BuildTrainer):
     trainer = build_trainer(visual_loss_weight=0.5)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
+    batch = first_batch(trainer)
     model = trainer.model.eval()
     with torch.no_grad():
         loss = trainer.compute_loss(model, batch)
-        tensors = {name: value for name, value in batch.items() if name != "note_index"}
-        output = model(**tensors)
-        mask = false_negative_mask(batch["note_index"], trainer.related)
-        loss_m = contrastive_loss(output.note_embeds, output.logit_scale, mask)
-        loss_v = contrastive_loss(output.visual_embeds, output.logit_scale, mask)
+        output, order = outputs_in_plan_order(trainer, batch)
+        targets = ContrastiveTargets(**batch["targets"])
+        loss_m = contrastive_loss(output.note_embeds[order], output.logit_scale, targets)
+        loss_v = contrastive_loss(output.visual_embeds[order], output.logit_scale, targets)
+        shuffled = contrastive_loss(output.note_embeds, output.logit_scale, targets)
     assert loss.item() == pytest.approx(((loss_m + 0.5 * loss_v) / 1.5).item(), abs=1e-6)
     assert loss.item() != pytest.approx(loss_m.item(), abs=1e-4)
+    assert shuffled.item() != pytest.approx(loss_m.item(), abs=1e-5)  # the order matters
 
 
-def test_visual_loss_leaves_out_pairs_without_both_images(build_trainer: BuildTrainer):
-    trainer = build_trainer(visual_loss_weight=1.0)
-    groups = [trainer.train_dataset[i] for i in range(5)]
-    groups[1].notes[1] = {**groups[1].notes[1], "image": None}
-    batch = trainer.data_collator(groups)
-    model = trainer.model.eval()
-    rows = torch.tensor([0, 2, 3, 4, 5, 7, 8, 9])
+def test_dropped_notes_take_no_part_in_the_loss(build_trainer: BuildTrainer, tmp_path: Path):
+    trainer = build_trainer(bad_images="drop-pair", visual_loss_weight=0.5)
+    expected = trainer.compute_loss(trainer.model.eval(), first_batch(trainer))
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no picture")
+    batch = first_batch(trainer)
+    victim = int(batch["targets"]["groups"][0])  # the row of the note in the first place of the plan
+    assert trainer.reader is not None
+    notes = list(trainer.reader.notes)
+    notes[victim] |= {"image": str(damaged)}
+    trainer.reader.notes = notes
+    batch = first_batch(trainer)
+    assert batch["bad_images"] == 1 and 0 not in batch["places"].tolist()
     with torch.no_grad():
-        loss = trainer.compute_loss(model, batch)
-        output = model(**{name: value for name, value in batch.items() if name != "note_index"})
-        mask = false_negative_mask(batch["note_index"], trainer.related)
-        loss_m = contrastive_loss(output.note_embeds, output.logit_scale, mask)
-        loss_v = contrastive_loss(output.visual_embeds[rows], output.logit_scale, mask[rows][:, rows])
-    assert loss.item() == pytest.approx(((loss_m + loss_v) / 2).item(), abs=1e-6)
+        loss = trainer.compute_loss(trainer.model, batch)
+        output = trainer.model(**batch["mini_batches"][0])
+        order = batch["places"].argsort()
+        kept = torch.ones(len(batch["targets"]["groups"]), dtype=torch.bool)
+        kept[0] = False
+        targets = ContrastiveTargets(**batch["targets"]).select(kept)
+        loss_m = contrastive_loss(output.note_embeds[order], output.logit_scale, targets)
+        loss_v = contrastive_loss(output.visual_embeds[order], output.logit_scale, targets)
+    assert loss.item() == pytest.approx(((loss_m + 0.5 * loss_v) / 1.5).item(), abs=1e-6)
+    assert loss.item() != pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_run_goes_on_over_bad_images_and_counts_them(
+    build_trainer: BuildTrainer, splits: dict[str, NotesAndPairs], tmp_path: Path
+):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no picture")
+    trainer = build_trainer(bad_images="text-only", max_steps=3, logging_steps=3)
+    assert trainer.reader is not None and trainer.eval_reader is not None
+    for reader in (trainer.reader, trainer.eval_reader):
+        reader.notes = [note | {"image": str(damaged)} if row % 2 else note for row, note in enumerate(reader.notes)]
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "bad_images" in entry)
+    assert 0 < entry["bad_images"] == round(entry["bad_images"]) < entry["notes_per_step"] * 3
+    assert math.isfinite(entry["loss"]) and math.isfinite(trainer.evaluate()["eval_recall@10"])
+    raising = build_trainer(bad_images="raise", max_steps=3)
+    raising.reader.notes = trainer.reader.notes  # type: ignore[union-attr]
+    with pytest.raises(NoteError, match="damaged.png"):
+        raising.train()
 
 
 def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer: BuildTrainer):
@@ -111,8 +150,18 @@ def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer
     assert {group["lr"] for group in optimizer.param_groups} == {1e-4, 1e-3, 1e-2}
 
 
-def test_resumed_run_continues_the_uninterrupted_one_exactly(build_trainer: BuildTrainer, tmp_path: Path):
+@pytest.mark.parametrize(
+    "further",
+    [
+        {},
+        {"mini_batch_size": 4, "batches": "graph", "hard_negatives": 1, "text_dropout": 0.2, "logging_steps": 1},
+    ],
+)
+def test_resumed_run_continues_the_uninterrupted_one_exactly(
+    further: dict[str, Any], build_trainer: BuildTrainer, tmp_path: Path
+):
     settings = {"max_steps": 6, "save_steps": 3, "llm_tuning": "lora", "lora_dropout": 0.1, "warmup_steps": 2}
+    settings |= further
     settings |= {"head_warmup_steps": 5, "head_learning_rate": 1e-3}
     whole = build_trainer(output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
@@ -212,6 +261,7 @@ def test_logs_name_the_parts_of_the_loss(build_trainer: BuildTrainer):
     assert entry["fusion_weight"] == pytest.approx(0.1, abs=1e-3)
     assert entry["loss"] == pytest.approx((entry["loss_m"] + entry["loss_v"] / 9) / (1 + 1 / 9), abs=1e-3)
     assert all(math.isfinite(value) for value in entry.values())
+    assert entry["bad_images"] == 0 and 6 < entry["notes_per_step"] <= 12 and 0.5 <= entry["pairs_per_note"] < 1
 
 
 def test_gradient_checkpointing_gives_the_same_loss(build_trainer: BuildTrainer, build_model: BuildModel):

@@ -23,7 +23,8 @@ def warm_up(trainer: NoteLLM2Trainer, steps: int = 40) -> set[str]:
     """Warm up, and return the names of what changed."""
     before = snapshot(trainer.model)
     groups = [group for group in trainer.parameter_groups(trainer.model) if group["part"] == "head"]
-    warm_up_head(trainer.model, trainer.train_dataset, groups, steps=steps, visual_loss_weight=0.1, seed=0)
+    pairs = trainer.train_dataset.pairs
+    warm_up_head(trainer.model, trainer.reader, pairs, groups, steps=steps, visual_loss_weight=0.1, seed=0)
     return {name for name, value in trainer.model.state_dict().items() if not torch.equal(before[name], value)}
 
 
@@ -36,7 +37,7 @@ def test_trains_the_head_alone_and_on_the_loss_of_training(build_trainer: BuildT
     assert {name.split(".")[0] for name in changed} == {"late_fusion", "head", "logit_scale"}
     assert all(parameter.grad is None for parameter in model.parameters())
 
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    batch = next(iter(build_trainer(model, per_device_train_batch_size=10**6).get_train_dataloader()))
     with torch.no_grad():
         after = trainer.compute_loss(model.eval(), batch)
         model.load_state_dict(before)

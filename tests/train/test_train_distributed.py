@@ -1,0 +1,169 @@
+"""W processes on 1/W of the batch are one process on the whole batch: loss, gradients, temperature, weights."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
+from torch.nn import functional
+
+from modeling_notellm2 import NoteLLM2Model
+from tests.train import tiny
+from train.distributed import gather_rows, world
+from train.losses import ContrastiveTargets, contrastive_loss
+from train.trainer import NoteLLM2Trainer
+
+ROWS = 10
+SIZES = {2: [7, 3], 3: [0, 6, 4]}
+
+
+def raw_rows() -> Tensor:
+    return torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(0))
+
+
+def loss_of_a_share(folder: Path) -> None:
+    """In each process: the gradients of its own rows and of the temperature."""
+    distributed.init_process_group("gloo")
+    rank, processes = world()
+    sizes = SIZES[processes]
+    own = raw_rows().split(sizes)[rank].requires_grad_()
+    scale = torch.tensor(9.0, requires_grad=True)
+    everyone = gather_rows(functional.normalize(own, dim=-1))
+    targets = ContrastiveTargets.of_pairs(ROWS // 2)
+    loss = contrastive_loss(everyone, scale, targets, share=(rank, processes)) * processes
+    loss.backward()
+    assert own.grad is not None and scale.grad is not None
+    save_file(
+        {"grad": own.grad.contiguous(), "scale": scale.grad, "loss": loss.detach()}, folder / f"{rank}.safetensors"
+    )
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gradients_are_those_of_one_process(processes: int, tmp_path: Path):
+    """With uneven shares, an empty one among them."""
+    tiny.run_processes(processes, loss_of_a_share, tmp_path)
+    saved = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(processes)]
+    rows, scale = raw_rows().requires_grad_(), torch.tensor(9.0, requires_grad=True)
+    loss = contrastive_loss(functional.normalize(rows, dim=-1), scale, ContrastiveTargets.of_pairs(ROWS // 2))
+    loss.backward()
+    # What DDP makes of them: the mean over processes, of rows that only one process has.
+    torch.testing.assert_close(torch.cat([part["grad"] for part in saved]) / processes, rows.grad)
+    mean_scale = torch.stack([part["scale"] for part in saved]).mean()
+    torch.testing.assert_close(mean_scale, scale.grad, rtol=1e-4, atol=1e-7)
+    assert torch.stack([part["loss"] for part in saved]).mean().item() == pytest.approx(loss.item())
+    assert rows.grad is not None and rows.grad.abs().max() > 1e-2
+    # Control: a process alone has neither the loss nor the gradients.
+    assert saved[-1]["loss"].item() != pytest.approx(loss.item(), rel=1e-3)
+    assert not torch.allclose(torch.cat([part["grad"] for part in saved]), rows.grad, rtol=1e-2)
+
+
+RUN = {
+    "max_steps": 7,  # more than an epoch of 24 pairs a batch: the last batch is uneven
+    "learning_rate": 0.02,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "visual_loss_weight": 0.5,
+    "llm_tuning": "lora",
+    "dataloader_num_workers": 0,
+}
+
+
+def train_and_save(splits_folder: Path, backbones: tiny.Backbones, output_dir: Path, arguments: dict[str, Any]) -> None:
+    splits = tiny.load_splits(splits_folder)
+    trainer = tiny.build_trainer(splits, tiny.build_model(backbones, dropout=0.0), output_dir, **arguments)
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        (output_dir / "history.json").write_text(json.dumps(history))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (2, {}),
+        (2, {"mini_batch_size": 5, "gradcache": False, "image_dropout": 0.5}),
+        (2, {"mini_batch_size": 5, "gradient_accumulation_steps": 2}),
+        (3, {"mini_batch_size": 5, "batches": "graph", "hard_negatives": 1, "image_dropout": 0.9}),
+        (3, {"gradient_checkpointing": True, "image_dropout": 0.9}),
+    ],
+)
+def test_ddp_trains_like_one_process(
+    processes: int, settings: dict[str, Any], splits_folder: Path, backbones: tiny.Backbones, tmp_path: Path
+):
+    """With hardly an image left in a batch, some processes have none: their connector has to take part nevertheless."""
+    pairs = 24 // settings.get("gradient_accumulation_steps", 1)
+    one = RUN | settings | {"per_device_train_batch_size": pairs}
+    train_and_save(splits_folder, backbones, tmp_path / "one", one)
+    several = RUN | settings | {"per_device_train_batch_size": pairs // processes}
+    tiny.run_processes(processes, train_and_save, splits_folder, backbones, tmp_path / "several", several)
+    expected, found = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "several"))
+    for name in ("loss", "loss_m", "loss_v", "temperature", "fusion_weight", "notes_per_step"):
+        curves = [[entry.get(name) for entry in history] for history in (expected, found)]
+        assert curves[1] == pytest.approx(curves[0], abs=2e-4), name
+    assert len({entry["loss"] for entry in expected}) == len(expected) > 3
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]
+    start = dict(tiny.build_model(backbones).named_parameters())
+    moved = 0.0
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-5, rtol=1e-4)
+        if name in start:
+            moved = max(moved, float((start[name].detach() - value).abs().max()))
+    assert moved > 1e-3  # control: training went somewhere, fifty times the tolerance
+
+
+def test_a_process_alone_has_all_rows():
+    rows = torch.randn(3, 2)
+    assert world() == (0, 1) and gather_rows(rows) is rows
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def train_sharded(*arguments: Any) -> None:
+    os.environ |= FSDP
+    train_and_save(*arguments)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 5])
+def test_fsdp2_trains_like_one_process(
+    mini_batch_size: int | None, splits_folder: Path, backbones: tiny.Backbones, tmp_path: Path
+):
+    settings = RUN | {"llm_tuning": "full", "mini_batch_size": mini_batch_size, "max_steps": 3}
+    train_and_save(splits_folder, backbones, tmp_path / "one", settings | {"per_device_train_batch_size": 24})
+    several = settings | {"per_device_train_batch_size": 12}
+    tiny.run_processes(2, train_sharded, splits_folder, backbones, tmp_path / "several", several)
+    expected, found = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "several"))
+    losses = [[entry["loss"] for entry in history] for history in (expected, found)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4) and len(set(losses[0])) == 3
+
+
+BuildTrainer = Callable[..., NoteLLM2Trainer]
+BuildModel = Callable[..., NoteLLM2Model]
+
+
+def test_mini_batches_are_refused_under_deepspeed(build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch):
+    original = NoteLLM2Trainer.create_accelerator_and_postprocess
+
+    def with_deepspeed(self: NoteLLM2Trainer) -> None:
+        original(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(NoteLLM2Trainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(ValueError, match="mini_batch_size=4 does not work with DeepSpeed"):
+        build_trainer(mini_batch_size=4)

@@ -1,0 +1,80 @@
+"""Which checkpoints are whole: a run that was killed, or whose disk was full, may leave one that is not."""
+
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+
+def newest_whole_checkpoint(folder: str | Path, processes: int = 1) -> Path | None:
+    """The checkpoint of a run's folder to go on from: the newest that is whole. The log names those that are not.
+
+    Args:
+        folder: the run's `output_dir`.
+        processes: how many processes are to go on.
+    """
+    numbered = []
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)):
+            numbered.append((int(match[1]), path))
+    for _step, path in sorted(numbered, reverse=True):
+        problem = checkpoint_problem(path, processes)
+        if problem is None:
+            return path
+        logger.warning("%s is not whole and is passed over: %s", path, problem)
+    return None
+
+
+def checkpoint_problem(checkpoint: str | Path, processes: int = 1) -> str | None:
+    """Why one cannot go on from a checkpoint, or None if one can.
+
+    Everything that can tell a cut-off file from a whole one is read: sizes of safetensors, checksums of PyTorch's
+    archives, JSON. `Trainer` writes its state last, and PyTorch the index of a sharded checkpoint.
+
+    Args:
+        checkpoint: its folder.
+        processes: how many processes are to go on; each needs its own random state.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return f"{TRAINER_STATE_NAME} is missing, which is written last"
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    missing = [name for name in random_states if not (folder / name).exists()]
+    if missing:
+        return f"{missing[0]} is missing: it was saved by another number of processes, or only in part"
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and any(path.glob("*.distcp")) and not (path / ".metadata").exists():
+            return f"{path.name} has no .metadata, which is written last"
+        if path.is_file() and (problem := _file_problem(path)):
+            return f"{path.relative_to(folder)} {problem}"
+    return None
+
+
+def _file_problem(path: Path) -> str | None:
+    if path.stat().st_size == 0 and path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".json"):
+        return "is empty"
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # its header says how long it has to be
+                return None
+        if path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin":
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            return None if damaged is None else f"is damaged ({damaged})"
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (SafetensorError, zipfile.BadZipFile, ValueError, OSError) as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+__all__ = ["checkpoint_problem", "newest_whole_checkpoint"]
