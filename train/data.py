@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -73,8 +73,16 @@ class PairDataset(Dataset[BatchPlan]):
         return plan
 
 
-class NoteDataset(Dataset[int]):
-    """Every note of a table once, by its row, for evaluation. `features` as in `PairDataset`."""
+class NoteItem(NamedTuple):
+    """One note of a table by its row; `features` are those of the table's images, if they are kept."""
+
+    notes: Table
+    row: int
+    features: VisionFeatureTable | None
+
+
+class NoteDataset(Dataset[NoteItem]):
+    """Every note of a table once, for evaluation. `features` as in `PairDataset`."""
 
     def __init__(self, notes: Table, features: VisionFeatureTable | None = None) -> None:
         self.notes = notes
@@ -83,10 +91,10 @@ class NoteDataset(Dataset[int]):
     def __len__(self) -> int:
         return len(self.notes)
 
-    def __getitem__(self, row: int) -> int:
+    def __getitem__(self, row: int) -> NoteItem:
         if not 0 <= row < len(self):
             raise IndexError(f"note {row} of {len(self)}")
-        return row
+        return NoteItem(self.notes, row, self.features)
 
 
 class NoteReader:
@@ -194,18 +202,27 @@ def without_bad_images(
 
 @dataclass
 class NoteCollator:
-    """Rows of a table of notes ─► one batch of tensors, for evaluation.
+    """Items of one `NoteDataset` ─► one batch of tensors.
 
     Attributes:
-        reader: reads the notes. One of which it leaves nothing keeps its place as an empty text.
+        processor: the model's processor.
+        bad_images: `raise`, or `text-only`: a note must not drop out of an evaluation. One of which nothing is left
+            keeps its place as an empty text.
     """
 
-    reader: NoteReader
+    processor: NoteLLM2Processor
+    bad_images: Literal["text-only", "raise"] = "raise"
+    _reader: NoteReader | None = field(default=None, init=False, repr=False)
 
-    def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[NoteItem]) -> dict[str, Any]:
         """Returns the model's inputs and `note_index` (B,) int64, the rows."""
-        read = [self.reader.read(row)[0] or self.reader.stand_in(row) for row in rows]
-        return self.reader.collate(read) | {"note_index": torch.tensor(rows)}
+        reader, first = self._reader, items[0]
+        if reader is None or reader.notes is not first.notes:  # kept: it names each bad image once
+            reader = self._reader = NoteReader(first.notes, self.processor, first.features, self.bad_images)
+        rows = [item.row for item in items]
+        return reader.collate([reader.read(row)[0] or reader.stand_in(row) for row in rows]) | {
+            "note_index": torch.tensor(rows)
+        }
 
 
 @dataclass
@@ -278,4 +295,4 @@ class PlanCollator:
         return ContrastiveTargets.of_plan(plan.positives, self.related.among(plan.notes), groups, log_q)
 
 
-__all__ = ["BadImages", "NoteCollator", "NoteDataset", "NoteReader", "PairDataset", "PlanCollator"]
+__all__ = ["BadImages", "NoteCollator", "NoteDataset", "NoteItem", "NoteReader", "PairDataset", "PlanCollator"]

@@ -29,7 +29,7 @@ from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
 from train.batches import BatchPlanner
 from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
-from train.data import BadImages, NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator
+from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator
 from train.distributed import gather_rows, world
 from train.features import image_groups
 from train.gradcache import EncodedRows, cached_loss
@@ -107,19 +107,15 @@ class NoteLLM2Trainer(Trainer):
         apply_llm_tuning(model, args)
         if eval_related is not None:
             kwargs["compute_metrics"] = RetrievalEvaluation(eval_related, args.eval_ks)
-        self.reader = self.eval_reader = None
+        self.reader: NoteReader | None = None
         if train_dataset is not None:
             self.reader = NoteReader(train_dataset.notes, model.processor, train_dataset.features, args.bad_images)
-        if eval_dataset is not None:
-            # A note must not drop out of an evaluation: what cannot be read of it is left out.
-            rule: BadImages = "raise" if args.bad_images == "raise" else "text-only"
-            self.eval_reader = NoteReader(eval_dataset.notes, model.processor, eval_dataset.features, rule)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=None if self.eval_reader is None else NoteCollator(self.eval_reader),
+            data_collator=NoteCollator(model.processor, "raise" if args.bad_images == "raise" else "text-only"),
             processing_class=model.processor,
             **kwargs,
         )

@@ -174,12 +174,17 @@ def test_test_notes_lose_unreadable_images(bad_notes: Dataset, build_model: Buil
 
 def test_evaluation_batch_holds_single_notes(splits: dict[str, NotesAndPairs], build_model: BuildModel):
     notes = splits["test"].notes
-    batch = NoteCollator(NoteReader(notes, build_model().processor))([NoteDataset(notes)[row] for row in (2, 0)])
+    collate = NoteCollator(build_model().processor)
+    batch = collate([NoteDataset(notes)[row] for row in (2, 0)])
     assert batch["note_index"].tolist() == [2, 0] and batch["input_ids"].shape[0] == 2
+    others = NoteDataset(splits["train"].notes)  # the same collator, another table
+    assert torch.equal(collate([others[2]])["input_ids"], collate.processor([others.notes[2]])["input_ids"])
+    assert len(list(others)) == len(others)
 
 
 def test_evaluation_keeps_the_place_of_a_note_of_which_nothing_is_left(bad_notes: Dataset, build_model: BuildModel):
-    batch = NoteCollator(NoteReader(bad_notes, build_model().processor, None, "text-only"))([3, 4, 0])
+    dataset = NoteDataset(bad_notes)
+    batch = NoteCollator(build_model().processor, "text-only")([dataset[row] for row in (3, 4, 0)])
     assert batch["note_index"].tolist() == [3, 4, 0] and batch["has_image"].tolist() == [False, False, True]
 
 

@@ -117,9 +117,8 @@ def test_a_run_goes_on_over_bad_images_and_counts_them(
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(b"no picture")
     trainer = build_trainer(bad_images="text-only", max_steps=3, logging_steps=3)
-    assert trainer.reader is not None and trainer.eval_reader is not None
-    for reader in (trainer.reader, trainer.eval_reader):
-        reader.notes = [note | {"image": str(damaged)} if row % 2 else note for row, note in enumerate(reader.notes)]
+    for holder in (trainer.reader, trainer.eval_dataset):
+        holder.notes = [note | {"image": str(damaged)} if row % 2 else note for row, note in enumerate(holder.notes)]
     trainer.train()
     (entry,) = (entry for entry in trainer.state.log_history if "bad_images" in entry)
     assert 0 < entry["bad_images"] == round(entry["bad_images"]) < entry["notes_per_step"] * 3

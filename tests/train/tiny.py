@@ -24,7 +24,7 @@ def load_splits(folder: Path) -> dict[str, NotesAndPairs]:
 
 
 def build_model(backbones: Backbones, dropout: float = 0.1, **config: Any) -> NoteLLM2Model:
-    """The same settings give the same weights. `dropout` is the Q-Former's: its masks depend on how a batch is divided."""
+    """The same settings give the same weights. The masks of the Q-Former's dropout depend on how a batch is divided."""
     set_seed(0)
     qformer = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     qformer |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
