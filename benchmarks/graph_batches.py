@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.graph_batches",
-        description="Recall@10 after the same number of encoded notes: pairs drawn at random beside graph batches. Further "
-        "options are those of train/run.py.",
+        description="Recall@10 after the same number of encoded notes: pairs drawn at random beside graph batches. "
+        "Further options are those of train/run.py.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("config", help="recipe, such as configs/rooms.yaml")

@@ -130,10 +130,10 @@ def trainer_steps(
 def batch_pairs_for(dataset: PairDataset, options: BatchOptions, pairs: int) -> int:
     """The `per_device_train_batch_size` with which graph batches hold about so many pairs."""
     size = max(1, pairs // 2)
-    for _turn in range(4):
+    for _turn in range(6):
         planner = BatchPlanner(dataset.pairs, dataset.related, BatchOptions("graph", size, options.neighborhood))
         found = np.mean([len(plan.positives) / 2 for plan, _ in zip(planner.plans(), range(8), strict=False)])
-        size = max(1, round(size * pairs / found))
+        size = max(1, round(size * (pairs / found) ** 0.7))  # pairs grow faster than notes
     return size
 
 
