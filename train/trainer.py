@@ -84,7 +84,7 @@ class NoteLLM2Trainer(Trainer):
         kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, …).
 
     Raises:
-        ValueError: `args.head_warmup_steps` is set and the model has nothing to warm up.
+        ValueError: settings that do not go together, or not with the model or the kind of distribution; in `train` too.
     """
 
     model: NoteLLM2Model
@@ -129,7 +129,17 @@ class NoteLLM2Trainer(Trainer):
                 f"mini_batch_size={args.mini_batch_size} with gradcache=False does not work with FSDP, where processes "
                 "must make the same number of forward passes: leave gradcache True, or mini_batch_size unset."
             )
-        self._embedding_dim = model.config.embedding_dim or model.config.hidden_size
+        if args.hard_negatives and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"hard_negatives={args.hard_negatives} needs whole weights in every process to mine with, which FSDP "
+                "and DeepSpeed do not keep: use DDP, or set it to 0."
+            )
+        width = model.config.embedding_dim or model.config.hidden_size
+        if wrong := [dim for dim in args.matryoshka_dims if not 1 <= dim <= width]:
+            raise ValueError(
+                f"matryoshka_dims={args.matryoshka_dims}: {wrong[0]} is not between 1 and {width}, the whole width."
+            )
+        self._embedding_dim = width
         self._has_visual = IMAGE_EMBEDDING_TOKEN in model.processor.template and model.config.has_vision
         self._parts: dict[str, list[float]] = {}
 
@@ -279,11 +289,6 @@ class NoteLLM2Trainer(Trainer):
         file = self._hard_negatives_folder / f"epoch-{epoch}.npy"
         self.accelerator.wait_for_everyone()
         if not file.exists():
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    f"hard_negatives={self.args.hard_negatives} needs whole weights in every process to mine with, "
-                    "which FSDP and DeepSpeed do not keep: use DDP, or set it to 0."
-                )
             found = mine_hard_negatives(
                 self.model,
                 self.reader,

@@ -17,6 +17,7 @@ def test_oldest_transformers_gives_the_same_embeddings(tiny_checkpoint: Path, tm
     oldest = re.findall(r">=([\d.]+)", declared)[0]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    packages = [f"transformers~={oldest}.0", "torch", "pillow", "peft"]
+    # transformers 5.6 has no image processor without torchvision; later releases have.
+    packages = [f"transformers~={oldest}.0", "torch", "torchvision", "pillow", "peft"]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     assert verify(tiny_checkpoint, str(python)) <= TOLERANCE

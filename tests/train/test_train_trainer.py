@@ -129,6 +129,19 @@ def test_a_run_goes_on_over_bad_images_and_counts_them(
         raising.train()
 
 
+def test_settings_that_do_not_go_together_are_refused(build_trainer: BuildTrainer):
+    with pytest.raises(ValueError, match="17 is not between 1 and 16"):
+        build_trainer(matryoshka_dims=[8, 17])
+    with pytest.raises(ValueError, match="logq_correction=True with batches=graph"):
+        build_trainer(logq_correction=True, batches="graph")
+    with pytest.raises(ValueError, match="add up to more than 1"):
+        build_trainer(text_dropout=0.6, image_dropout=0.6)
+    with pytest.raises(ValueError, match="max_negative_similarity=2"):
+        build_trainer(max_negative_similarity=2.0)
+    with pytest.raises(ValueError, match="mini_batch_size=0: give 1 or more"):
+        build_trainer(mini_batch_size=0)
+
+
 def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer: BuildTrainer):
     trainer = build_trainer(
         llm_tuning="full", learning_rate=1e-4, connector_learning_rate=1e-3, head_learning_rate=1e-2, weight_decay=0.1
