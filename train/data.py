@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 BadImages = Literal["text-only", "drop-pair", "raise"]
 
 
-class PairDataset(Dataset[BatchPlan]):
+class PairDataset(Dataset[tuple[int, int]]):
     """Notes and every unordered pair of related ones once.
 
     The loss treats both notes alike, so that (a, b) and (b, a) of a table of pairs are one example.
@@ -68,8 +68,26 @@ class PairDataset(Dataset[BatchPlan]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """The rows of the two notes of a pair. (Batches are made by plans, see `PlanDataset`.)"""
+        a, b = self.pairs[position].tolist()
+        return a, b
+
+
+class PlanDataset(Dataset[BatchPlan]):
+    """Hands plans from a `BatchPlanner` on to a `PlanCollator`, which loads what this process has to encode.
+
+    Args:
+        pairs: what the plans are made of; their number is the length, which `Trainer` takes for the examples.
+    """
+
+    def __init__(self, pairs: PairDataset) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
     def __getitem__(self, plan: BatchPlan) -> BatchPlan:
-        """A planned batch is loaded where it is collated, as each process loads its share alone."""
         return plan
 
 
@@ -295,4 +313,13 @@ class PlanCollator:
         return ContrastiveTargets.of_plan(plan.positives, self.related.among(plan.notes), groups, log_q)
 
 
-__all__ = ["BadImages", "NoteCollator", "NoteDataset", "NoteItem", "NoteReader", "PairDataset", "PlanCollator"]
+__all__ = [
+    "BadImages",
+    "NoteCollator",
+    "NoteDataset",
+    "NoteItem",
+    "NoteReader",
+    "PairDataset",
+    "PlanCollator",
+    "PlanDataset",
+]

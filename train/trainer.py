@@ -29,7 +29,7 @@ from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
 from train.batches import BatchPlanner
 from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
-from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator
+from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, PlanDataset
 from train.distributed import gather_rows, world
 from train.features import image_groups
 from train.gradcache import EncodedRows, cached_loss
@@ -270,7 +270,7 @@ class NoteLLM2Trainer(Trainer):
         )
         collator = PlanCollator(self.reader, dataset.related, share, args.mini_batch_size, groups, log_q)
         loader: DataLoader = DataLoader(
-            dataset,
+            PlanDataset(dataset),
             batch_sampler=planner,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from train.arguments import DEFAULT_CONFIG, parse_arguments
 
@@ -92,3 +93,13 @@ def test_help_is_complete(capsys: pytest.CaptureFixture[str]):
         "--head_learning_rate",
     ):
         assert option in text
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_accelerate_reads_its_configurations(name: str):
+    """Unknown keys are errors there."""
+    config = load_config_from_file(str(DEFAULT_CONFIG.parent / "accelerate" / f"{name}.yaml"))
+    kind = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(name, "DEEPSPEED")
+    assert config.distributed_type.value == kind and config.mixed_precision == "bf16"
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])

@@ -27,6 +27,7 @@ def table(*pairs: tuple[str, str]) -> Dataset:
 def test_each_unordered_pair_is_one_example():
     dataset = PairDataset(NOTES, table(("a", "c"), ("c", "a"), ("b", "a")))
     assert dataset.pairs.tolist() == [[0, 2], [0, 1]]
+    assert len(dataset) == 2 and dataset[1] == (0, 1)
     assert dataset.related.among(np.arange(3)).tolist() == [[0, 1], [0, 2], [1, 0], [2, 0]]
 
 
