@@ -174,8 +174,9 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         metadata={
             "help": "With mini_batch_size: encode each mini-batch twice and keep no graph in between (GradCache), so "
             "that memory does not grow with the batch; works on one device, under DDP and FSDP2, with LoRA, gradient "
-            "checkpointing and mixed precision. False: keep all graphs, which is faster where they fit; one device or "
-            "DDP."
+            "checkpointing and mixed precision. Use it with vision_features=store: otherwise the pixels of the whole "
+            "batch are loaded at once (600 kB an image). False: keep all graphs, which is faster where they fit; one "
+            "device or DDP."
         },
     )
     loss_tile_size: int = field(
@@ -197,8 +198,8 @@ class NoteLLM2TrainingArguments(TrainingArguments):
     hard_negatives: int = field(
         default=0,
         metadata={
-            "help": "Notes to add for each pair of a batch, which the model of the beginning of the epoch took for "
-            "related to a note of the batch, while no pair says so. They cost as much as any other note."
+            "help": "Notes to add for every two notes of a batch, which the model of the beginning of the epoch took "
+            "for related to a note of the batch, while no pair says so. They cost as much as any other note."
         },
     )
     hard_negative_pool: int = field(
@@ -295,6 +296,17 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             raise ValueError(f"max_negative_similarity={self.max_negative_similarity}: give a cosine, from -1 to 1.")
         if self.logq_correction and self.batches == "graph":
             raise ValueError("logq_correction=True with batches=graph, which draws all notes alike: leave it False.")
+        if self.logq_correction and self.hard_negatives:
+            raise ValueError(
+                f"logq_correction=True with hard_negatives={self.hard_negatives}, which are not drawn by how many "
+                "pairs a note has: use one of them."
+            )
+        if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
+            raise ValueError(f"matryoshka_dims={self.matryoshka_dims} names a width twice: name each once.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True: use mini_batch_size, whose memory does not depend on the batch."
+            )
         if self.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.n_gpu} GPUs, and would split notes and images differently among them: start "

@@ -69,6 +69,24 @@ def distinct_notes(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return notes, np.concatenate([places, places[:, ::-1]])
 
 
+def drawn_log_probability(degrees: np.ndarray, batch: int, total: int) -> np.ndarray:
+    """log of the probability that a note is in a batch of pairs drawn at random without replacement, each pair being
+    in it with probability batch / total: 1 − (1 − batch / total)^degree.
+
+    Args:
+        degrees: (N,) int64, how many pairs each note has. A note of no pair counts as having one.
+        batch: pairs of a batch.
+        total: number of pairs.
+
+    Returns:
+        (N,) float32; all 0 where a batch holds all pairs.
+    """
+    if batch >= total:
+        return np.zeros(len(degrees), dtype=np.float32)
+    missed = np.maximum(degrees, 1) * np.log1p(-batch / total)
+    return np.log(-np.expm1(missed)).astype(np.float32)
+
+
 class BatchPlanner(Sampler[list[BatchPlan]]):
     """The plans of an epoch, as the batch sampler of a `DataLoader` (which wants lists: of one plan each).
 
@@ -167,4 +185,4 @@ class BatchPlanner(Sampler[list[BatchPlan]]):
         return np.concatenate([notes, chance.choice(candidates, count, replace=False)])
 
 
-__all__ = ["BatchKind", "BatchOptions", "BatchPlan", "BatchPlanner", "distinct_notes"]
+__all__ = ["BatchKind", "BatchOptions", "BatchPlan", "BatchPlanner", "distinct_notes", "drawn_log_probability"]

@@ -47,10 +47,25 @@ def checkpoint_problem(checkpoint: str | Path, processes: int = 1) -> str | None
         return "there is no such folder"
     if not (folder / TRAINER_STATE_NAME).exists():
         return f"{TRAINER_STATE_NAME} is missing, which is written last"
+    # One file, a folder of FSDP's, or DeepSpeed's folder.
+    if not any(
+        any(folder.glob(pattern)) for pattern in ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+    ):
+        return "it has no optimizer state: it was saved with save_only_model, or only in part"
+    if not (folder / "scheduler.pt").exists():
+        return "scheduler.pt is missing"
     random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     missing = [name for name in random_states if not (folder / name).exists()]
     if missing:
         return f"{missing[0]} is missing: it was saved by another number of processes, or only in part"
+    weights = [path.name for path in folder.glob("model*.safetensors")]
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and (problem := _file_problem(index)) is None:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if absent := sorted(shards.difference(weights)):
+            return f"{absent[0]} is missing, which the index names"
+    elif not weights and not any(folder.glob("pytorch_model*")) and not any(folder.glob("global_step*")):
+        return "it has no weights"
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and any(path.glob("*.distcp")) and not (path / ".metadata").exists():
             return f"{path.name} has no .metadata, which is written last"
@@ -66,7 +81,7 @@ def _file_problem(path: Path) -> str | None:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):  # its header says how long it has to be
                 return None
-        if path.suffix in (".pt", ".pth", ".bin") and path.name != "training_args.bin":
+        if path.suffix in (".pt", ".pth", ".bin"):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             return None if damaged is None else f"is damaged ({damaged})"

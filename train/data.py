@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from modeling_notellm2 import NoteError, NoteLLM2Processor
 from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, EncodedNote
 from pairs.files import to_arrow
-from train.batches import BatchPlan
+from train.batches import BatchPlan, BatchPlanner
 from train.features import VisionFeatureTable
 from train.losses import ContrastiveTargets
 from train.related import RelatedNotes
@@ -77,15 +77,18 @@ class PairDataset(Dataset[tuple[int, int]]):
 class PlanDataset(Dataset[BatchPlan]):
     """Hands plans from a `BatchPlanner` on to a `PlanCollator`, which loads what this process has to encode.
 
-    Args:
-        pairs: what the plans are made of; their number is the length, which `Trainer` takes for the examples.
+    The length, which `Trainer` takes for the number of examples, is that of the pairs.
     """
 
-    def __init__(self, pairs: PairDataset) -> None:
-        self.pairs = pairs
+    def __init__(self, planner: BatchPlanner) -> None:
+        self.planner = planner
+
+    def set_epoch(self, epoch: int) -> None:
+        """`accelerate` tells data sets the epoch, also where a resumed run wraps the batch sampler."""
+        self.planner.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.planner.pairs)
 
     def __getitem__(self, plan: BatchPlan) -> BatchPlan:
         return plan
@@ -157,6 +160,8 @@ class NoteReader:
         """
         note = self.notes[row]
         has_text = any(note.get(name) for name in TEXT_FIELDS)
+        if has_text:
+            self._text_alone(note, row)  # a fault of the text is not the image's
         try:
             encoded = self.processor.encode_note(note, row)
             if encoded.image is not None and self.features is None:
@@ -201,8 +206,10 @@ def without_bad_images(
 ) -> tuple[list[Mapping[str, Any]], int]:
     """The notes, those whose image cannot be read without it, and how many these are.
 
+    One that has no text either keeps its place as an empty one: a note must not drop out of an evaluation.
+
     Raises:
-        NoteError: such a note has no text.
+        NoteError: a fault of another field.
     """
     result, bad = [], 0
     for row, note in enumerate(tqdm(notes, desc="images", unit="note")):
@@ -211,7 +218,8 @@ def without_bad_images(
         except NoteError:
             if note.get("image") is None:
                 raise
-            note = {**note, "image": None}
+            has_text = any(note.get(name) for name in TEXT_FIELDS)
+            note = {**note, "image": None} if has_text else {**note, "image": None, "content": "-"}
             processor.encode_note(note, row)
             bad += 1
         result.append(note)

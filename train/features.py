@@ -12,11 +12,13 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +36,12 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 2**28
 """A part is written when it has so many bytes."""
 
+STORE_VERSION = 1
+"""Raised when this package reads images, or reduces the tower's output, in another way."""
+
+MAX_OPEN_PARTS = 128
+"""Parts that are mapped at a time: each array of one takes a file descriptor."""
+
 KEY_TYPE = "S32"
 """32 hexadecimal digits: 16 bytes of BLAKE2b."""
 
@@ -42,7 +50,8 @@ class VisionFeatureStore:
     """What one tower sees in images.
 
     Exact: the same tensors that the tower would give in every step, as it is frozen and its image processor draws
-    nothing at random. Size: (P + 1) · d_v numbers an image in the tower's dtype; in float32 250 kB for
+    nothing at random. (Run in the tower's own dtype: under mixed precision a step would round more.) All processes of a
+    run must reach the folder. Size: (P + 1) · d_v numbers an image in the tower's dtype; in float32 250 kB for
     EfficientNet-Lite0, 605 kB for CLIP ViT-B/16, 1.7 MB for ViT-bigG/14 at 224 pixels; half of it in 16 bits.
 
     Args:
@@ -60,7 +69,7 @@ class VisionFeatureStore:
             raise ValueError("freeze_vision_tower=False: the features of a tower that trains cannot be kept.")
         self.model = model
         self.folder = Path(folder) / fingerprint(model)
-        self._parts: list[dict[str, np.ndarray]] = []
+        self._parts = _Parts([])
         self._keys = np.array([], KEY_TYPE)  # sorted
         self._places = np.empty((0, 2), np.int64)  # of each key: part, row
         self._reload()
@@ -82,6 +91,8 @@ class VisionFeatureStore:
             NoteError: an image cannot be read.
         """
         state = PartialState()
+        if state.is_main_process:
+            self._remove_leftovers()
         rows = range(state.process_index, len(notes), state.num_processes)
         found: list[tuple[int, bytes]] = []
         errors: dict[int, str] = {}
@@ -91,7 +102,7 @@ class VisionFeatureStore:
             try:
                 encoded = self.model.processor.encode_note({"image": notes[row].get("image"), "content": "-"}, row)
                 if encoded.image is not None:
-                    found.append((row, key := image_key(encoded)))
+                    found.append((row, key := image_key(encoded, self.model.processor)))
                     if key not in self:
                         missing.setdefault(key, encoded)
             except NoteError as error:
@@ -121,19 +132,28 @@ class VisionFeatureStore:
         return len(self._keys)
 
     def _place(self, key: bytes) -> np.ndarray:
+        if key not in self:
+            raise RuntimeError(
+                f"{self.folder} lacks an image that was just computed: let all processes reach the same folder "
+                "(vision_features_dir), and do not change it meanwhile."
+            )
         place: np.ndarray = self._places[np.searchsorted(self._keys, key)]
         return place
 
     def _reload(self) -> None:
-        self._parts, keys, places = [], [], []
-        for part in sorted(self.folder.glob("part-*")):
-            arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(part.glob("*.npy"))}
-            keys.append(np.array(arrays.pop("keys")))
-            places.append(np.stack([np.full(len(keys[-1]), len(self._parts)), np.arange(len(keys[-1]))], axis=1))
-            self._parts.append(arrays)
+        self._parts, keys, places = _Parts(sorted(self.folder.glob("part-*"))), [], []
+        for number, part in enumerate(self._parts.folders):
+            keys.append(_load(part / "keys.npy"))
+            places.append(np.stack([np.full(len(keys[-1]), number), np.arange(len(keys[-1]))], axis=1))
         if keys:  # an image that two processes computed at once is there twice: either will do
             self._keys, firsts = np.unique(np.concatenate(keys), return_index=True)
             self._places = np.concatenate(places)[firsts]
+
+    def _remove_leftovers(self) -> None:
+        """What a killed run was writing; a day later nobody is."""
+        for folder in self.folder.glob("unfinished-*"):
+            if time.time() - folder.stat().st_mtime > 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _add(self, missing: Mapping[bytes, EncodedNote], batch_size: int, show_progress_bar: bool) -> dict[bytes, str]:
         """Compute and write features; returns the messages of the images that cannot be read."""
@@ -194,18 +214,47 @@ class VisionFeatureStore:
             raise
 
 
+class _Parts:
+    """The arrays of a store's parts, mapped when asked for. Pickles as paths, as worker processes want it."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.folders = folders
+        self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folders": self.folders, "_open": OrderedDict()}
+
+    def arrays(self, part: int) -> dict[str, np.ndarray]:
+        """The features of a part by name."""
+        if part not in self._open:
+            files = sorted(self.folders[part].glob("*.npy"))
+            self._open[part] = {file.stem: _load(file, "r") for file in files if file.stem != "keys"}
+            if len(self._open) > MAX_OPEN_PARTS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(part)
+        return self._open[part]
+
+
+def _load(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(file, mmap_mode=mmap_mode)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): delete the folder {file.parent}, it is computed anew."
+        ) from error
+    return array
+
+
 class VisionFeatureTable:
     """The features of the images of some notes, in a store. Made by `VisionFeatureStore.table`.
 
     Args:
-        parts: the arrays of the store's parts.
+        parts: the store's parts.
         places: (N, 2) int64, the part and row of each note; −1: the note has no features.
         errors: for notes whose image cannot be read, why.
     """
 
-    def __init__(
-        self, parts: Sequence[Mapping[str, np.ndarray]], places: np.ndarray, errors: Mapping[int, str]
-    ) -> None:
+    def __init__(self, parts: _Parts, places: np.ndarray, errors: Mapping[int, str]) -> None:
         self._parts = parts
         self._places = places
         self._errors = errors
@@ -228,38 +277,46 @@ class VisionFeatureTable:
         """
         places = self._places[np.asarray(indices, dtype=np.int64)]
         places = places[places[:, 0] >= 0].tolist()
-        names = self._parts[places[0][0]] if places else ()
-        return {name: torch.stack([_to_tensor(self._parts[part][name][row]) for part, row in places]) for name in names}
+        rows: dict[str, list[Tensor]] = {}
+        for part, row in places:
+            for name, values in self._parts.arrays(part).items():
+                rows.setdefault(name, []).append(_to_tensor(values[row]))
+        return {name: torch.stack(values) for name, values in rows.items()}
 
 
-def image_key(note: EncodedNote) -> bytes:
-    """What an image is known by: a hash of its file, its bytes or its pixels."""
+def image_key(note: EncodedNote, processor: NoteLLM2Processor) -> bytes:
+    """What an image is known by: a hash of its file or its bytes, or of what `processor` makes of one in memory.
+
+    Raises:
+        NoteError: it cannot be read.
+    """
     value = note.image
     content = hashlib.blake2b(digest_size=16)
-    if isinstance(value, Image.Image):
-        content.update(f"{value.mode} {value.size}".encode() + value.tobytes())
-        content.update(json.dumps(value.getpalette()).encode())
-    elif isinstance(value, np.ndarray):
-        content.update(f"{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
-    else:
+    if isinstance(value, Image.Image | np.ndarray):  # rotation and transparency are not in the pixels alone
+        for name, tensor in sorted((processor.load_image(note).pixels or {}).items()):
+            content.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        return content.hexdigest().encode()
+    try:
         content.update(value if isinstance(value, bytes) else Path(value).read_bytes())
+    except OSError as error:
+        raise NoteError(f"notes[{note.index}].image ({value}) cannot be read ({error}): replace it.") from error
     return content.hexdigest().encode()
 
 
 def image_groups(
     notes: Sequence[Mapping[str, Any]], processor: NoteLLM2Processor, show_progress_bar: bool = True
 ) -> np.ndarray:
-    """(N,) int64: the same number for notes whose images have the same content; a number of its own for each note
-    without image, or whose image cannot be opened."""
+    """(N,) int64: the same number for notes whose images have the same content (a file by its bytes); a number of its
+    own for each note without image, or with none that can be opened."""
     firsts: dict[bytes, int] = {}
     groups = np.arange(len(notes))
     for row in tqdm(range(len(notes)), desc="cover images", unit="note", disable=not show_progress_bar):
         try:
             encoded = processor.encode_note({"image": notes[row].get("image"), "content": "-"}, row)
+            if encoded.image is not None:
+                groups[row] = firsts.setdefault(image_key(encoded, processor), row)
         except NoteError:
             continue
-        if encoded.image is not None:
-            groups[row] = firsts.setdefault(image_key(encoded), row)
     return groups
 
 
@@ -271,7 +328,8 @@ def fingerprint(model: NoteLLM2Model) -> str:
     settings = {
         "tower": model.config.vision_config.to_diff_dict(),
         "image_processor": json.loads(model.processor.image_processor.to_json_string()),
-        "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "pillow", "torchvision", "timm")},
+        "store": STORE_VERSION,
         "device": model.device.type,
     }
     content.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -279,6 +337,13 @@ def fingerprint(model: NoteLLM2Model) -> str:
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return content.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _to_numpy(values: Tensor) -> np.ndarray:

@@ -156,17 +156,18 @@ class _NegativesLogSumExp(torch.autograd.Function):
         embeds_grad, scale_grad = torch.zeros_like(embeds), torch.zeros_like(scale)
         anchors_grad = embeds.new_zeros(len(anchors), embeds.shape[1])
         finite = result.masked_fill(result.isinf(), 0.0)  # an anchor without negatives has no gradient
-        for rows, columns, masked in _tiles(anchors, groups, no_negatives, ctx.tile_size):
-            cosines = embeds[anchors[rows]] @ embeds[columns].T
-            logits = cosines * scale
-            if bias is not None:
-                logits += bias[columns]
-            logits.masked_fill_(masked, float("-inf"))
-            weights = (logits - finite[rows, None]).exp_() * grad[rows, None]
-            scale_grad += (weights * cosines).sum()
-            weights *= scale
-            anchors_grad[rows] += weights @ embeds[columns]
-            embeds_grad[columns] += weights.T @ embeds[anchors[rows]]
+        with torch.autocast(embeds.device.type, enabled=False):  # a caller's, which is not the forward pass's
+            for rows, columns, masked in _tiles(anchors, groups, no_negatives, ctx.tile_size):
+                cosines = embeds[anchors[rows]] @ embeds[columns].T
+                logits = cosines * scale
+                if bias is not None:
+                    logits += bias[columns]
+                logits.masked_fill_(masked, float("-inf"))
+                weights = (logits - finite[rows, None]).exp_() * grad[rows, None]
+                scale_grad += (weights * cosines).sum()
+                weights *= scale
+                anchors_grad[rows] += weights @ embeds[columns]
+                embeds_grad[columns] += weights.T @ embeds[anchors[rows]]
         embeds_grad.index_add_(0, anchors, anchors_grad)
         return embeds_grad, scale_grad, None, None, None, None, None
 

@@ -27,7 +27,7 @@ from evaluation.metrics import retrieval_metrics
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
 from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
-from train.batches import BatchPlanner
+from train.batches import BatchPlanner, drawn_log_probability
 from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
 from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, PlanDataset
 from train.distributed import gather_rows, world
@@ -129,6 +129,8 @@ class NoteLLM2Trainer(Trainer):
                 f"mini_batch_size={args.mini_batch_size} with gradcache=False does not work with FSDP, where processes "
                 "must make the same number of forward passes: leave gradcache True, or mini_batch_size unset."
             )
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise ValueError("FSDP 1 renames parameters and is not supported: set fsdp_version: 2.")
         if args.hard_negatives and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"hard_negatives={args.hard_negatives} needs whole weights in every process to mine with, which FSDP "
@@ -138,6 +140,11 @@ class NoteLLM2Trainer(Trainer):
         if wrong := [dim for dim in args.matryoshka_dims if not 1 <= dim <= width]:
             raise ValueError(
                 f"matryoshka_dims={args.matryoshka_dims}: {wrong[0]} is not between 1 and {width}, the whole width."
+            )
+        if args.matryoshka_dims and width not in args.matryoshka_dims:
+            raise ValueError(
+                f"matryoshka_dims={args.matryoshka_dims} lacks the whole width, {width}: without it what comes after "
+                "the largest of them would not be trained; add it."
             )
         self._embedding_dim = width
         self._has_visual = IMAGE_EMBEDDING_TOKEN in model.processor.template and model.config.has_vision
@@ -258,10 +265,8 @@ class NoteLLM2Trainer(Trainer):
         if args.mask_same_image:
             groups = image_groups(dataset.notes, self.model.processor, show_progress_bar=not args.disable_tqdm)
         if args.logq_correction:
-            # Pairs are drawn evenly, so that a note is drawn as often as it has pairs. Notes of no pair are never
-            # drawn, but for hard negatives: they count as having one.
-            degrees = np.maximum(dataset.related.degrees, 1)
-            log_q = np.log(degrees / degrees.sum()).astype(np.float32)
+            batch = min(args.per_device_train_batch_size * share[1], len(dataset))
+            log_q = drawn_log_probability(dataset.related.degrees, batch, len(dataset))
         planner = BatchPlanner(
             dataset.pairs,
             dataset.related,
@@ -270,7 +275,7 @@ class NoteLLM2Trainer(Trainer):
         )
         collator = PlanCollator(self.reader, dataset.related, share, args.mini_batch_size, groups, log_q)
         loader: DataLoader = DataLoader(
-            PlanDataset(dataset),
+            PlanDataset(planner),
             batch_sampler=planner,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
@@ -326,9 +331,7 @@ class NoteLLM2Trainer(Trainer):
         mini_batches = inputs["mini_batches"]
 
         def encode(mini_batch: dict[str, Tensor]) -> EncodedRows:
-            # A backward pass may run on a thread of its own, which knows of no autocast.
-            with self.compute_loss_context_manager():
-                return self._encode(model, mini_batch)
+            return self._encode(model, mini_batch)
 
         def loss_of(rows: Tensor, logit_scale: Tensor) -> Tensor:
             has_image = torch.cat([mini_batch["has_image"] for mini_batch in mini_batches])
@@ -384,13 +387,13 @@ class NoteLLM2Trainer(Trainer):
         kept = row_of >= 0
         order = row_of[kept]
         embeds, has_image = everyone[order], images[order].bool()
-        width = self._embedding_dim
+        width, chosen = self._embedding_dim, ContrastiveTargets(**targets).select(kept)
         loss, parts = joint_loss(
             embeds[:, :width],
             embeds[:, width : 2 * width] if self._has_visual else None,
             logit_scale,
             has_image,
-            ContrastiveTargets(**targets).select(kept),
+            chosen,
             self.args.visual_loss_weight,
             self.args.dims,
             share=(rank, processes),
@@ -401,7 +404,7 @@ class NoteLLM2Trainer(Trainer):
         if self.model.late_fusion is not None and bool(has_image.any()):
             parts["fusion_weight"] = embeds[has_image, -1].mean()
         parts["notes_per_step"] = kept.sum().float()
-        parts["pairs_per_note"] = torch.tensor(len(targets["positives"]) / 2 / max(len(kept), 1))
+        parts["pairs_per_note"] = torch.tensor(len(chosen.positives) / 2 / max(len(order), 1))
         return loss * processes, parts
 
     def _no_sync(self, model: nn.Module) -> Callable[[], AbstractContextManager[None]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from train.batches import BatchOptions, BatchPlan, BatchPlanner, distinct_notes
+from train.batches import BatchOptions, BatchPlan, BatchPlanner, distinct_notes, drawn_log_probability
 from train.related import RelatedNotes
 
 
@@ -134,6 +134,21 @@ def test_hard_negatives_come_from_the_mined_and_are_new_to_the_batch():
         assert len(added) == (count + 1) // 2 and len(set(plan.notes.tolist())) == len(plan.notes)
         assert set(added.tolist()) <= set(mined[without.notes].ravel().tolist()) and (added >= 0).all()
     assert asked == [2]
+
+
+def test_log_q_is_how_often_a_note_is_drawn():
+    pairs, related = random_graph()
+    expected = drawn_log_probability(related.degrees, 16, len(pairs))
+    counts, batches = np.zeros(65), 300
+    for epoch in range(batches):
+        drawing = BatchPlanner(pairs, related, BatchOptions(pairs=16))
+        drawing.set_epoch(epoch)
+        counts[next(drawing.plans()).notes] += 1  # each epoch's first: drawn independently
+    drawn = related.degrees > 0
+    np.testing.assert_allclose(counts[drawn] / batches, np.exp(expected[drawn]), atol=0.1)
+    shares = related.degrees[drawn] / related.degrees.sum()
+    assert np.abs(counts[drawn] / batches - shares).max() > 0.2  # control: not the share of the degrees
+    assert not drawn_log_probability(related.degrees, len(pairs), len(pairs)).any()
 
 
 def test_distinct_notes_of_pairs():

@@ -63,10 +63,29 @@ def test_a_flipped_byte_of_the_optimizer_is_found(run: Path):
     assert "optimizer.pt is damaged" in str(checkpoint_problem(run / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "rng_state.pth"])
-def test_a_missing_file_is_named(name: str, run: Path):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("trainer_state.json", "trainer_state.json"),
+        ("rng_state.pth", "rng_state.pth"),
+        ("optimizer.pt", "no optimizer state"),
+        ("scheduler.pt", "scheduler.pt"),
+        ("model.safetensors", "no weights"),
+    ],
+)
+def test_a_missing_file_is_named(name: str, words: str, run: Path):
     (run / "checkpoint-2" / name).unlink()
-    assert name in str(checkpoint_problem(run / "checkpoint-2"))
+    assert words in str(checkpoint_problem(run / "checkpoint-2"))
+
+
+def test_a_missing_shard_is_named(run: Path):
+    checkpoint = run / "checkpoint-2"
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "model-00002-of-00002.safetensors is missing" in str(checkpoint_problem(checkpoint))
+    shutil.copy(checkpoint / names["a"], checkpoint / names["b"])
+    assert checkpoint_problem(checkpoint) is None
 
 
 def test_another_number_of_processes_is_no_resume(run: Path):

@@ -169,8 +169,11 @@ def test_test_notes_lose_unreadable_images(bad_notes: Dataset, build_model: Buil
     processor = build_model().processor
     notes, count = without_bad_images([bad_notes[i] for i in (0, 1, 2, 3)], processor)
     assert count == 2 and [note["image"] is not None for note in notes] == [True, False, False, False]
+    (blank,), count = without_bad_images([bad_notes[4]], processor)
+    assert count == 1 and blank["image"] is None and blank["note_id"] == bad_notes[4]["note_id"]
+    processor.encode_note(blank)
     with pytest.raises(NoteError, match="neither text nor image"):
-        without_bad_images([bad_notes[4]], processor)
+        without_bad_images([{"title": ""}], processor)
 
 
 def test_evaluation_batch_holds_single_notes(splits: dict[str, NotesAndPairs], build_model: BuildModel):

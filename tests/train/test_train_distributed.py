@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from tests.train import tiny
 from train.distributed import gather_rows, world
 from train.losses import ContrastiveTargets, contrastive_loss
 from train.trainer import NoteLLM2Trainer
+
+BuildTrainer = Callable[..., NoteLLM2Trainer]
+BuildModel = Callable[..., NoteLLM2Model]
 
 ROWS = 10
 SIZES = {2: [7, 3], 3: [0, 6, 4]}
@@ -151,10 +155,25 @@ def test_fsdp2_trains_like_one_process(
     expected, found = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "several"))
     losses = [[entry["loss"] for entry in history] for history in (expected, found)]
     assert losses[1] == pytest.approx(losses[0], abs=2e-4) and len(set(losses[0])) == 3
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]
+    start = tiny.build_model(backbones, dropout=0.0).state_dict()
+    moved = max(float((start[name] - value).abs().max()) for name, value in weights[0].items())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-5, rtol=1e-4)
+    assert moved > 1e-3  # control: half the gradient, as without the factor W, would be far off the tolerance
 
 
-BuildTrainer = Callable[..., NoteLLM2Trainer]
-BuildModel = Callable[..., NoteLLM2Model]
+def test_fsdp1_is_refused(build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch):
+    original = NoteLLM2Trainer.create_accelerator_and_postprocess
+
+    def with_fsdp1(self: NoteLLM2Trainer) -> None:
+        original(self)
+        self.is_fsdp_enabled = True
+        monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
+
+    monkeypatch.setattr(NoteLLM2Trainer, "create_accelerator_and_postprocess", with_fsdp1)
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        build_trainer()
 
 
 def test_mini_batches_are_refused_under_deepspeed(build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch):

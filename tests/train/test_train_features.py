@@ -1,6 +1,7 @@
 """The store of the tower's output: exact, never stale, whole or absent, shared by processes."""
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,51 @@ def test_all_kinds_of_images_are_known_by_their_content(build_model: BuildModel,
     assert found.shape[0] == 4 and (found - found[0]).abs().max() < 1e-5
     assert table.stack([4]) == {}
     groups = image_groups(notes, model.processor, show_progress_bar=False)
-    assert groups[2] == groups[3] and len(set(groups.tolist())) == 4
+    assert groups[0] == groups[1] and groups[2] == groups[3] and len(set(groups.tolist())) == 3
+
+
+def test_pictures_in_memory_that_look_different_are_different(build_model: BuildModel, tmp_path: Path):
+    """The same pixels, but turned by EXIF, or with a transparent colour."""
+    model = build_model()
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    plain, turned, holed = (Image.fromarray(pixels) for _ in range(3))
+    turned.getexif()[0x0112] = 6
+    holed.info["transparency"] = tuple(pixels[0, 0].tolist())
+    groups = image_groups([{"image": image} for image in (plain, turned, holed)], model.processor, False)
+    assert len(set(groups.tolist())) == 3
+
+
+def test_a_store_that_others_change_is_noticed(build_model: BuildModel, splits: Splits, tmp_path: Path):
+    model, notes = build_model(), splits["train"].notes.select(range(4))
+    store = VisionFeatureStore(tmp_path, model)
+    table = store.table(notes)
+    (part,) = store.folder.glob("part-*")
+    content = (part / "pooled_embeds.npy").read_bytes()
+    (part / "pooled_embeds.npy").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="pooled_embeds.npy is damaged"):
+        pickle.loads(pickle.dumps(table)).stack([0])  # as in a new process
+    with pytest.raises(RuntimeError, match="lacks an image"):
+        store._place(b"0" * 32)
+
+
+def test_worker_processes_get_paths_and_not_the_features(build_model: BuildModel, splits: Splits, tmp_path: Path):
+    table = VisionFeatureStore(tmp_path, build_model()).table(splits["train"].notes)
+    expected = table.stack(range(5))
+    pickled = pickle.dumps(table)
+    assert len(pickled) < sum(value.numel() * 4 for value in expected.values())
+    again = pickle.loads(pickled).stack(range(5))
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+def test_few_parts_are_open_at_a_time(build_model: BuildModel, splits: Splits, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(features_module, "PART_BYTES", 1)
+    monkeypatch.setattr(features_module, "MAX_OPEN_PARTS", 2)
+    model, notes = build_model(), splits["train"].notes.select(range(12))
+    table = VisionFeatureStore(tmp_path / "many", model).table(notes, batch_size=2)
+    found = table.stack([11, 0, 5, 3, 11])
+    assert len(table._parts._open) <= 2 < len(table._parts.folders)
+    expected = VisionFeatureStore(tmp_path / "one", model).table(notes, batch_size=12).stack([11, 0, 5, 3, 11])
+    torch.testing.assert_close(found["patch_embeds"], expected["patch_embeds"])
 
 
 def test_images_that_cannot_be_read_are_told_of(build_model: BuildModel, splits: Splits, tmp_path: Path):

@@ -106,8 +106,10 @@ def test_nothing_is_kept_without_gradients():
 
 def step(trainer: NoteLLM2Trainer, seed: int = 3) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradients of the first batch."""
-    model = trainer.model.train()
-    trainer.model_wrapped = model
+    # As `Trainer.train` does before its first step: this is where autocast and checkpointing come from.
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = trainer.accelerator.prepare(trainer.model.train())
     batch = next(iter(trainer.get_train_dataloader()))
     torch.manual_seed(seed)
     loss = trainer.compute_loss(model, batch)
@@ -139,8 +141,22 @@ def test_the_trainers_step_is_the_same_in_mini_batches(
     """Both losses, images among the inputs, and the temperature."""
     settings = {"per_device_train_batch_size": 8, "visual_loss_weight": 0.5, **SETTINGS[name]}
     expected_loss, expected = step(build_trainer(build_model(dropout=0.0), **settings))
-    loss, found = step(build_trainer(build_model(dropout=0.0), mini_batch_size=5, gradcache=gradcache, **settings))
+    watched: list[tuple[torch.dtype, bool]] = []
+
+    def watch(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        watched.append((output.dtype, torch.is_grad_enabled()))
+
+    trainer = build_trainer(build_model(dropout=0.0), mini_batch_size=5, gradcache=gradcache, **settings)
+    trainer.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(watch)
+    loss, found = step(trainer)
     precise = not settings.get("bf16")
+    # The settings were in force: half precision in the LLM, layers run once more, mini-batches encoded twice.
+    assert {dtype for dtype, _grad in watched} == {torch.float32 if precise else torch.bfloat16}
+    if not settings.get("hard_negatives"):  # mining encodes, too
+        mini_batches = -(-len(next(iter(trainer.get_train_dataloader()))["places"]) // 5)
+        graphs = mini_batches * (2 if settings.get("gradient_checkpointing") else 1)
+        assert [grad for _dtype, grad in watched].count(True) == graphs
+        assert [grad for _dtype, grad in watched].count(False) == (mini_batches if gradcache else 0)
     assert loss == pytest.approx(expected_loss, abs=1e-5 if precise else 2e-2)
     assert found.keys() == expected.keys() and {"logit_scale", "image_embedding"} <= found.keys()
     for parameter, gradient in expected.items():

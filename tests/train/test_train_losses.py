@@ -140,10 +140,13 @@ def test_anchors_without_negatives_or_positives_are_finite():
 
 
 def test_autocast_does_not_round_the_loss():
-    embeds = random_embeds(12)
+    embeds = random_embeds(12).requires_grad_()
     expected = contrastive_loss(embeds, 20.0, of_pairs(12))
+    (gradient,) = torch.autograd.grad(expected, embeds)
     with torch.autocast("cpu", torch.bfloat16):
-        assert contrastive_loss(embeds, 20.0, of_pairs(12)).item() == expected.item()
+        loss = contrastive_loss(embeds, 20.0, of_pairs(12))
+        assert loss.item() == expected.item()
+        assert torch.equal(torch.autograd.grad(loss, embeds)[0], gradient)
         assert (embeds @ embeds.T).dtype == torch.bfloat16  # control: it would
 
 

@@ -132,8 +132,14 @@ def test_a_run_goes_on_over_bad_images_and_counts_them(
 def test_settings_that_do_not_go_together_are_refused(build_trainer: BuildTrainer):
     with pytest.raises(ValueError, match="17 is not between 1 and 16"):
         build_trainer(matryoshka_dims=[8, 17])
+    with pytest.raises(ValueError, match=r"matryoshka_dims=\[4, 8\] lacks the whole width, 16"):
+        build_trainer(matryoshka_dims=[4, 8])
+    with pytest.raises(ValueError, match="names a width twice"):
+        build_trainer(matryoshka_dims=[16, 16])
     with pytest.raises(ValueError, match="logq_correction=True with batches=graph"):
         build_trainer(logq_correction=True, batches="graph")
+    with pytest.raises(ValueError, match="logq_correction=True with hard_negatives=1"):
+        build_trainer(logq_correction=True, hard_negatives=1)
     with pytest.raises(ValueError, match="add up to more than 1"):
         build_trainer(text_dropout=0.6, image_dropout=0.6)
     with pytest.raises(ValueError, match="max_negative_similarity=2"):
@@ -166,7 +172,10 @@ def test_every_parameter_that_trains_is_in_one_group_with_its_rate(build_trainer
     "further",
     [
         {},
-        {"mini_batch_size": 4, "batches": "graph", "hard_negatives": 1, "text_dropout": 0.2, "logging_steps": 1},
+        {"mini_batch_size": 4, "batches": "graph", "hard_negatives": 1, "text_dropout": 0.2},
+        # Two batches an epoch, so that the run is resumed in the second epoch; loaded by a worker.
+        {"per_device_train_batch_size": 80, "dataloader_num_workers": 1},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 40, "mini_batch_size": 16},
     ],
 )
 def test_resumed_run_continues_the_uninterrupted_one_exactly(
