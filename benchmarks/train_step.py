@@ -78,6 +78,8 @@ def official_steps(
     model: NoteLLM2Model, dataset: PairDataset, training: NoteLLM2TrainingArguments, pairs: int, steps: int
 ) -> StepTimes:
     """The step of the paper's code: no note is shared by pairs, no length looked at, no output of the tower kept."""
+    device = training.device
+    model.to(device)  # type: ignore[arg-type]  # transformers' own annotation
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate)
     draw = np.random.default_rng(0)
@@ -87,14 +89,17 @@ def official_steps(
         started = time.perf_counter()
         chosen = dataset.pairs[draw.choice(len(dataset.pairs), pairs, replace=len(dataset.pairs) < pairs)]
         batch = model.processor([dataset.notes[row] for row in chosen.T.flatten().tolist()])
-        output = model(**batch)
+        output = model(**batch.to(device))
         losses = []
         for embeds in (output.note_embeds, output.visual_embeds):
+            if embeds is None:  # a text-only model
+                continue
             logits = embeds @ embeds.T * output.logit_scale
-            logits = logits.masked_fill(torch.eye(2 * pairs, dtype=torch.bool), float("-inf"))
-            losses.append(functional.cross_entropy(logits, torch.arange(2 * pairs).roll(pairs)))
-        weight = training.visual_loss_weight
-        ((losses[0] + weight * losses[1]) / (1 + weight)).backward()
+            logits = logits.masked_fill(torch.eye(2 * pairs, dtype=torch.bool, device=device), float("-inf"))
+            losses.append(functional.cross_entropy(logits, torch.arange(2 * pairs, device=device).roll(pairs)))
+        weights = [1.0, training.visual_loss_weight][: len(losses)]
+        loss = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)]).sum() / sum(weights)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
