@@ -160,8 +160,6 @@ class NoteReader:
         """
         note = self.notes[row]
         has_text = any(note.get(name) for name in TEXT_FIELDS)
-        if has_text:
-            self._text_alone(note, row)  # a fault of the text is not the image's
         try:
             encoded = self.processor.encode_note(note, row)
             if encoded.image is not None and self.features is None:
@@ -171,10 +169,9 @@ class NoteReader:
         except NoteError as error:
             if self.bad_images == "raise" or note.get("image") is None:
                 raise
+            text = self._text_alone(note, row) if has_text else None  # raises where the fault is the text's
             self._report(row, error)
-            if self.bad_images == "drop-pair" or not has_text:
-                return None, True
-            return self._text_alone(note, row), True
+            return None if self.bad_images == "drop-pair" else text, True
         if encoded.image is not None and has_text:
             if withhold_image:
                 return self._text_alone(note, row), False

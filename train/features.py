@@ -10,7 +10,6 @@ a part is whole or absent.
 
 import hashlib
 import json
-import logging
 import shutil
 import time
 import uuid
@@ -30,8 +29,6 @@ from tqdm.auto import tqdm
 
 from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2Processor
 from modeling_notellm2.processing_notellm2 import EncodedNote
-
-logger = logging.getLogger(__name__)
 
 PART_BYTES = 2**28
 """A part is written when it has so many bytes."""
