@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor
-from transformers.image_utils import load_image
 
 from evaluation.metrics import ScoreFunction
 from modeling_notellm2.modeling_notellm2 import load_backbone
+from modeling_notellm2.processing_notellm2 import read_image
 from modeling_notellm2.vision_notellm2 import VisionTower
 
 # Kana and Chinese characters are words of their own, since no space separates them; elsewhere a word is a run of
@@ -122,14 +122,15 @@ def pooled_image_features(
 
     Args:
         vision_name_or_path: a tower's folder or Hub id, with its image processor.
-        notes: N notes; `image` is a path or a PIL image, a note without one gets a zero vector.
+        notes: N notes; `image` as the processor takes it; a note without one gets a zero vector.
         batch_size: images encoded at once.
 
     Returns:
         (N, d) float32, not normalised.
 
     Raises:
-        ValueError: if no note has an image, or if one cannot be read (names the note's position).
+        ValueError: if no note has an image.
+        NoteError: if one cannot be read; names the note's position.
     """
     positions = [position for position, note in enumerate(notes) if note.get("image") is not None]
     if not positions:
@@ -143,21 +144,11 @@ def pooled_image_features(
     tower.to(default_device())
     batches = []
     for start in tqdm(range(0, len(positions), batch_size), desc="Images", unit="batch"):
-        images = [_open_image(notes, position) for position in positions[start : start + batch_size]]
+        picked = positions[start : start + batch_size]
+        images = [read_image(notes[position]["image"], position) for position in picked]
         inputs = processor(images, return_tensors="pt").to(default_device())  # pixel_values (B, C, H, W)
         batches.append(tower(**inputs).pooled_embeds.float().cpu().numpy())  # (B, d)
     encoded = np.concatenate(batches)
     features = np.zeros((len(notes), encoded.shape[1]), dtype=np.float32)
     features[positions] = encoded
     return features
-
-
-def _open_image(notes: Sequence[Mapping[str, Any]], position: int) -> Any:
-    image = notes[position]["image"]
-    try:
-        return load_image(image).convert("RGB")
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"Note {position}: image {image!r} cannot be read ({error}): give a path relative to the table, "
-            "or a PIL image."
-        ) from error

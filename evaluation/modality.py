@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from evaluation.baselines import note_text
+from train.features import VisionFeatureTable
 
 Modality = Literal["both", "text", "image"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -23,7 +24,14 @@ class NoteEncoder(Protocol):
     config: Any
     """Its `vision_config` is None if the model reads text alone."""
 
-    def encode(self, notes: Sequence[Mapping[str, Any]], *, batch_size: int, show_progress_bar: bool) -> Any:
+    def encode(
+        self,
+        notes: Sequence[Mapping[str, Any]],
+        *,
+        batch_size: int,
+        show_progress_bar: bool,
+        vision_features: VisionFeatureTable | None = None,
+    ) -> Any:
         """Return a NumPy array, (N, D) float32 embeddings, L2-normalised, in the order of the notes."""
 
 
@@ -48,9 +56,13 @@ def is_blank(note: Mapping[str, Any]) -> bool:
 
 
 def encode_with_modality(
-    model: NoteEncoder, notes: Iterable[Mapping[str, Any]], modality: Modality, batch_size: int = 32
+    model: NoteEncoder,
+    notes: Iterable[Mapping[str, Any]],
+    modality: Modality,
+    batch_size: int = 32,
+    vision_features: VisionFeatureTable | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Encode the notes with only this modality.
+    """Encode the notes with only this modality; `vision_features` are of these notes, in place of running the tower.
 
     Returns:
         (N, D) float32 embeddings, zero for the notes that are blank without the other modality, and their number.
@@ -66,7 +78,10 @@ def encode_with_modality(
             "columns title, topics, content and image."
         )
     encoded = model.encode(
-        [reduced[position] for position in present], batch_size=batch_size, show_progress_bar=True
+        [reduced[position] for position in present],
+        batch_size=batch_size,
+        show_progress_bar=True,
+        vision_features=None if vision_features is None else vision_features.select(present),
     )  # (present, D)
     embeds = np.zeros((len(reduced), encoded.shape[1]), dtype=np.float32)
     embeds[present] = encoded

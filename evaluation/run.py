@@ -17,13 +17,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from transformers import AutoModel
 
-import modeling_notellm2  # noqa: F401  (registers NoteLLM-2 with AutoModel)
 from evaluation.baselines import bm25_scores, default_device, encode_texts, note_text, pooled_image_features
 from evaluation.head import HeadSettings, train_head
 from evaluation.metrics import chance_metrics, retrieval_metrics
 from evaluation.modality import MODALITIES, Modality, NoteEncoder, encode_with_modality
 from evaluation.report import ReportRow, collect_facts, text_table, write_report
+from modeling_notellm2 import NoteLLM2Model  # registers it with AutoModel
 from pairs.tables import load_notes, load_pairs, related_indices
+from train.features import VisionFeatureStore, VisionFeatureTable
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def evaluate_model(
     ks: Sequence[int] = (10, 100),
     modalities: Iterable[Modality] = MODALITIES,
     batch_size: int = 32,
+    vision_features: VisionFeatureTable | None = None,
 ) -> list[ReportRow]:
     """Encode the notes once a modality, and measure the retrieval of related notes.
 
@@ -74,6 +76,7 @@ def evaluate_model(
         modalities: which of "both", "text" and "image" to leave to the model. One that reads text alone is
             evaluated with "text" alone.
         batch_size: notes encoded at once.
+        vision_features: what the model's tower sees in these notes' images, in place of running it.
 
     Returns:
         One row a modality; `details["blank_notes"]` counts the notes that it leaves with nothing (see
@@ -83,7 +86,7 @@ def evaluate_model(
     if model.config.vision_config is None or all(note.get("image") is None for note in notes):
         modalities = ("text",)
     for modality in modalities:
-        embeds, num_blank = encode_with_modality(model, notes, modality, batch_size)
+        embeds, num_blank = encode_with_modality(model, notes, modality, batch_size, vision_features)
         if num_blank:
             logger.warning("%d of %d notes have nothing to encode with %r.", num_blank, len(notes), modality)
         metrics = retrieval_metrics(embeds, related, ks)
@@ -187,9 +190,10 @@ def _normalized(embeds: np.ndarray) -> np.ndarray:
     return embeds / np.maximum(np.linalg.norm(embeds, axis=1, keepdims=True), 1e-12)
 
 
-def load_model(name_or_path: str) -> NoteEncoder:
+def load_model(name_or_path: str) -> NoteLLM2Model:
     """Load a NoteLLM-2 from a folder or the Hub, onto the GPU if there is one."""
-    return AutoModel.from_pretrained(name_or_path).eval().to(default_device())
+    model: NoteLLM2Model = AutoModel.from_pretrained(name_or_path)
+    return model.eval().to(default_device())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -231,6 +235,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--validation", type=Path, metavar="DIR", help="likewise, to choose the best step of head-*")
     parser.add_argument("--batch-size", type=int, default=32, help="notes encoded at once")
+    parser.add_argument(
+        "--vision-features-dir",
+        metavar="DIR",
+        help="keep here what the tower of a --model sees in images, so that it runs once for all modalities, and for "
+        "all models that share it; train/run.py takes the same folder",
+    )
     parser.add_argument("--head-steps", type=int, default=HeadSettings.steps, help="training steps of head-*")
     parser.add_argument("--seed", type=int, default=0, help="seed of head-*")
     return parser
@@ -265,6 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for specification in options.model:
         name, _, path = specification.rpartition("=")
         model = load_model(path)
+        features = None
+        if options.vision_features_dir is not None and model.config.has_vision:
+            features = VisionFeatureStore(options.vision_features_dir, model).table(split.notes, options.batch_size)
         rows += evaluate_model(
             model,
             split.notes,
@@ -273,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ks=options.ks,
             modalities=options.modalities,
             batch_size=options.batch_size,
+            vision_features=features,
         )
     queries = sum(len(positions) > 0 for positions in split.related)
     write_report(options.output, rows, collect_facts(notes=len(split.notes), queries=queries, seed=options.seed))

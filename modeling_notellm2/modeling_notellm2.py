@@ -127,7 +127,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         )
         # <IMG_EMB> has its own vector: the LLM's embedding matrix stays as it is, and need not train.
         self.image_embedding = nn.Parameter(torch.zeros(width))
-        initial_scale = torch.tensor(-math.log(config.initial_temperature))
+        # One dimension: DeepSpeed and FSDP do not take parameters of none.
+        initial_scale = torch.tensor([-math.log(config.initial_temperature)])
         self.logit_scale = nn.Parameter(initial_scale, requires_grad=config.learnable_temperature)
         self._processor: NoteLLM2Processor | None = None
         self.post_init()
@@ -545,7 +546,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return functional.normalize(self.head(states).float(), dim=-1)
 
     def _scale(self) -> Tensor:
-        scale = self.logit_scale.float()
+        scale = self.logit_scale.float().squeeze(0)
         # The bound without its dead gradient: a clamped parameter could never come back.
         return (scale - (scale - MAX_LOGIT_SCALE).clamp(min=0).detach()).exp()
 

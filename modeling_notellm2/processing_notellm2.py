@@ -370,7 +370,7 @@ class NoteLLM2Processor(ProcessorMixin):
         return [bos] if bos is not None and self.tokenizer("").input_ids[:1] == [bos] else []
 
     def _pixels(self, note: EncodedNote) -> dict[str, torch.Tensor]:
-        image = _decode_image(note)
+        image = read_image(note.image, note.index)
         try:
             # One image a call: a failure names its note, and one note's image cannot change another's tensor.
             return dict(self.image_processor(images=[image], return_tensors="pt"))
@@ -471,9 +471,17 @@ def _image_reference(value: Any, index: int) -> Any:
     )
 
 
-def _decode_image(note: EncodedNote) -> Image.Image:
-    """An RGB picture, turned the way its EXIF data says, transparent parts on white."""
-    value = note.image
+def read_image(value: Any, index: int = 0) -> Image.Image:
+    """An RGB picture, turned the way its EXIF data says, transparent parts on white.
+
+    Args:
+        value: a note's `image`.
+        index: position of the note, named in errors.
+
+    Raises:
+        NoteError: it is no image, or cannot be read.
+    """
+    value = _image_reference(value, index)
     try:
         if isinstance(value, np.ndarray):
             picture = Image.fromarray(value)
@@ -494,7 +502,7 @@ def _decode_image(note: EncodedNote) -> Image.Image:
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         shown = _shown(value) if isinstance(value, str | os.PathLike) else f"a {type(value).__name__}"
         raise NoteError(
-            f"notes[{note.index}].image ({shown}) cannot be read ({error}): replace it, or set it to None to encode "
+            f"notes[{index}].image ({shown}) cannot be read ({error}): replace it, or set it to None to encode "
             "the text alone."
         ) from error
 
@@ -543,4 +551,4 @@ def _without_prefix_space(component: dict[str, Any] | None) -> dict[str, Any] | 
 
 NoteLLM2Processor.register_for_auto_class()
 
-__all__ = ["EncodedNote", "NoteError", "NoteLLM2Processor", "extend_tokenizer", "prompt_template"]
+__all__ = ["EncodedNote", "NoteError", "NoteLLM2Processor", "extend_tokenizer", "prompt_template", "read_image"]

@@ -38,8 +38,8 @@ def load_notes(path: str | Path) -> Dataset:
 
     Returns:
         The columns note_id (string, unique), title, topics, content (string, never null; `topics` may also be a list
-        of strings), image (string: absolute path, or null; an `Image` feature of datasets stays one), then all
-        other columns of the table. A relative image path is taken from the table's folder.
+        of strings), image (string: absolute path, or null; an `Image` feature of datasets stays one, not decoded),
+        then all other columns of the table. A relative image path is taken from the table's folder.
 
     Raises:
         FileNotFoundError: no such table.
@@ -78,6 +78,7 @@ def read_notes(path: str | Path) -> Dataset:
     features["note_id"] = Value("string")
     if isinstance(features.get("image"), Image):
         columns["image"] = table["image"]
+        features["image"] = Image(decode=False)  # the processor decodes it, and names the note where it cannot
     else:
         columns["image"] = _image_paths(table, path)
         features["image"] = Value("string")

@@ -65,7 +65,8 @@ class VisionFeatureStore:
         if not model.config.freeze_vision_tower:
             raise ValueError("freeze_vision_tower=False: the features of a tower that trains cannot be kept.")
         self.model = model
-        self.folder = Path(folder) / fingerprint(model)
+        self.fingerprint = fingerprint(model)
+        self.folder = Path(folder) / self.fingerprint
         self._parts = _Parts([])
         self._keys = np.array([], KEY_TYPE)  # sorted
         self._places = np.empty((0, 2), np.int64)  # of each key: part, row
@@ -73,14 +74,14 @@ class VisionFeatureStore:
 
     def table(
         self,
-        notes: Sequence[Mapping[str, Any]],
+        notes: Sequence[Any],
         batch_size: int = 32,
         on_error: Callable[[NoteError], None] | None = None,
     ) -> "VisionFeatureTable":
         """The features of the images of some notes; those that the store lacks are computed, by all processes together.
 
         Args:
-            notes: notes; those without image have no features.
+            notes: notes as `encode` takes them; those without image have no features.
             batch_size: images a forward pass.
             on_error: told of each image that cannot be read; None: the error is raised.
 
@@ -97,7 +98,7 @@ class VisionFeatureStore:
         is_main = state.is_main_process
         for row in tqdm(rows, desc="images", unit="note", disable=not is_main):
             try:
-                encoded = self.model.processor.encode_note({"image": notes[row].get("image"), "content": "-"}, row)
+                encoded = _cover_of(notes[row], row, self.model.processor)
                 if encoded.image is not None:
                     found.append((row, key := image_key(encoded, self.model.processor)))
                     if key not in self:
@@ -261,6 +262,11 @@ class VisionFeatureTable:
         if index in self._errors:
             raise NoteError(self._errors[index])
 
+    def select(self, indices: Sequence[int]) -> "VisionFeatureTable":
+        """The same for a part of the notes, or for the notes in another order."""
+        errors = {new: self._errors[old] for new, old in enumerate(indices) if old in self._errors}
+        return VisionFeatureTable(self._parts, self._places[np.asarray(indices, dtype=np.int64)], errors)
+
     def __call__(self, notes: Sequence[EncodedNote]) -> dict[str, Tensor]:
         """Inputs of the model in place of the pixels of these notes, whose `index` is their position here."""
         return self.stack([note.index for note in notes if note.image is not None])
@@ -309,12 +315,18 @@ def image_groups(
     groups = np.arange(len(notes))
     for row in tqdm(range(len(notes)), desc="cover images", unit="note", disable=not show_progress_bar):
         try:
-            encoded = processor.encode_note({"image": notes[row].get("image"), "content": "-"}, row)
+            encoded = _cover_of(notes[row], row, processor)
             if encoded.image is not None:
                 groups[row] = firsts.setdefault(image_key(encoded, processor), row)
         except NoteError:
             continue
     return groups
+
+
+def _cover_of(note: Any, row: int, processor: NoteLLM2Processor) -> EncodedNote:
+    """A note with its image alone, and no text to tokenise."""
+    image = note.get("image") if isinstance(note, Mapping) else None if isinstance(note, str) else note
+    return processor.encode_note({"image": image, "content": "-"}, row)
 
 
 def fingerprint(model: NoteLLM2Model) -> str:

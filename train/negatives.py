@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,11 +11,15 @@ from tqdm.auto import tqdm
 
 from modeling_notellm2 import NoteLLM2Model
 from train.data import NoteReader
+from train.distributed import gather_rows, world
 from train.related import RelatedNotes
 from train.states import NoteStateTable
 
 NOTES_AT_ONCE = 8192
 """Notes whose states are kept at a time, and columns of the similarity matrix that are looked at at a time."""
+
+ROWS_AT_ONCE = 1024
+"""Rows of the similarity matrix that are looked at at a time, by one process."""
 
 
 @torch.no_grad()
@@ -29,7 +34,7 @@ def mine_hard_negatives(
     show_progress_bar: bool = True,
 ) -> np.ndarray:
     """For each note the most similar others that are not known to be related, exactly, on the notes as they are (text
-    and image).
+    and image). The processes of a run share the work, and must all call this.
 
     Args:
         model: the model that judges.
@@ -50,8 +55,10 @@ def mine_hard_negatives(
     total = len(embeds)
     best = np.full((total, count), -1)
     candidates = embeds.nan_to_num()
-    for start in tqdm(range(0, total, 1024), desc="hard negatives", unit="block", disable=not show_progress_bar):
-        rows = torch.arange(start, min(start + 1024, total))
+    rank, processes = world()
+    blocks = range(rank * ROWS_AT_ONCE, total, processes * ROWS_AT_ONCE)
+    for start in tqdm(blocks, desc="hard negatives", unit="block", disable=not show_progress_bar):
+        rows = torch.arange(start, min(start + ROWS_AT_ONCE, total))
         scores, found = torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
         own = [related.of(row) for row in rows.tolist()]
         excluded = torch.as_tensor(
@@ -70,6 +77,9 @@ def mine_hard_negatives(
             found = found.gather(1, order)
         found[scores.isinf() | ~readable[rows].cpu().unsqueeze(1)] = -1
         best[start : start + len(rows), : found.shape[1]] = found.numpy()
+    owner = np.arange(total) // ROWS_AT_ONCE % processes
+    shared = gather_rows(torch.from_numpy(best[owner == rank]).to(model.device)).cpu().numpy()
+    best[np.argsort(owner, kind="stable")] = shared  # one process's rows after another's
     return best
 
 
@@ -81,26 +91,41 @@ def embed_notes(
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     show_progress_bar: bool = True,
 ) -> Tensor:
-    """(N, D) float32 embeddings of all notes of a table; NaN for those of which the reader leaves nothing."""
-    result: Tensor | None = None
+    """(N, D) float32 embeddings of all notes of a table; NaN for those of which the reader leaves nothing.
+
+    The processes of a run share the work, and must all call this.
+    """
     total = len(reader.notes)
+    rank, processes = world()
+    own = torch.arange(rank, total, processes)
+    width = model.config.embedding_dim or model.config.hidden_size
+    result = torch.full((len(own), width), torch.nan, device=model.device)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, total, NOTES_AT_ONCE):
-            rows = torch.arange(start, min(start + NOTES_AT_ONCE, total))
+        for rows in own.split(NOTES_AT_ONCE):
             table = NoteStateTable(model, reader, rows, batch_size, autocast, show_progress_bar)
-            rows = rows[table.kept[rows]]
-            for some in rows.split(batch_size):
+            for some in rows[table.kept[rows]].split(batch_size):
+                if not len(some):  # what nothing is split into
+                    continue
                 embeds = model.embed_states(table.select(some)).note_embeds
                 assert embeds is not None
-                if result is None:
-                    result = embeds.new_full((total, embeds.shape[1]), torch.nan)
-                result[some] = embeds
+                result[some // processes] = embeds.float()
     finally:
         model.train(was_training)
-    assert result is not None, "no note can be read"
-    return result
+    order = torch.cat([torch.arange(first, total, processes) for first in range(processes)])
+    embeds_of_all = torch.empty(total, width, device=model.device)
+    embeds_of_all[order.to(model.device)] = gather_rows(result)
+    return embeds_of_all
 
 
-__all__ = ["embed_notes", "mine_hard_negatives"]
+def write_hard_negatives(file: Path, negatives: np.ndarray) -> None:
+    """Write what `mine_hard_negatives` found: the file is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("wb") as stream:
+        np.save(stream, negatives)
+    unfinished.replace(file)
+
+
+__all__ = ["embed_notes", "mine_hard_negatives", "write_hard_negatives"]

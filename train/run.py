@@ -19,6 +19,7 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset as Table
 from transformers import AutoModel, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
@@ -35,7 +36,7 @@ from pairs.tables import load_notes, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
 from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
 from train.data import NoteDataset, PairDataset, without_bad_images
-from train.features import VisionFeatureStore, VisionFeatureTable
+from train.features import VisionFeatureStore, VisionFeatureTable, fingerprint
 from train.trainer import NoteLLM2Trainer
 
 logger = logging.getLogger("train")
@@ -147,6 +148,9 @@ def train(
     resume_from = checkpoint_to_resume(training)
     if state.device.type == "cpu":  # accelerate launches with one thread a process
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
+    # Under ZeRO-3 transformers would divide each model while it is built, in which all processes have to take part; the
+    # tower's store and the tables need whole ones. The model is divided when training begins.
+    unset_hf_deepspeed_config()
     set_seed(training.seed)
     simulated = data.notes is None and data.splits is None
     if state.is_main_process:
@@ -170,7 +174,8 @@ def train(
         model = compose(composition)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    features: dict[str, VisionFeatureTable | None] = {"train": None, "validation": None}
+    features: dict[str, VisionFeatureTable | None] = dict.fromkeys(SPLITS)
+    store: VisionFeatureStore | None = None
     if training.vision_features == "store" and model.config.has_vision:
         model.to(training.device)  # type: ignore[arg-type]  # transformers' own annotation
         store = VisionFeatureStore(training.vision_features_dir or folder / "vision_features", model)
@@ -211,7 +216,15 @@ def train(
             rows += ceiling_rows(test.notes, test_related, ks)
         batch_size = training.per_device_eval_batch_size
         if training.eval_untrained:
-            rows += evaluate_model(model, notes, test_related, name="untrained", ks=ks, batch_size=batch_size)
+            rows += evaluate_model(
+                model,
+                notes,
+                test_related,
+                name="untrained",
+                ks=ks,
+                batch_size=batch_size,
+                vision_features=features["test"],
+            )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "Training %d of %d parameters (LLM: %s) on %d unordered pairs of %d notes",
@@ -225,9 +238,20 @@ def train(
     trainer.save_model()
     trainer.save_state()
 
+    unset_hf_deepspeed_config()  # training has set it again, and now one process loads a model
     if state.is_main_process:
         saved: NoteLLM2Model = AutoModel.from_pretrained(folder).to(model.device)  # what was saved is what is measured
-        rows += evaluate_model(saved, notes, test_related, name="trained", ks=ks, batch_size=batch_size)
+        if store is not None and fingerprint(saved) != store.fingerprint:
+            raise RuntimeError(f"{folder}: the saved vision tower is not the one that the features are of.")
+        rows += evaluate_model(
+            saved,
+            notes,
+            test_related,
+            name="trained",
+            ks=ks,
+            batch_size=batch_size,
+            vision_features=features["test"],
+        )
         facts = collect_facts(
             test_notes=len(notes),
             train_notes=len(splits["train"].notes),

@@ -5,7 +5,7 @@ all.
 """
 
 import logging
-import shutil
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,13 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from evaluation.metrics import retrieval_metrics
@@ -34,7 +36,7 @@ from train.distributed import gather_rows, world
 from train.features import image_groups
 from train.gradcache import EncodedRows, cached_loss
 from train.losses import ContrastiveTargets, joint_loss
-from train.negatives import mine_hard_negatives
+from train.negatives import mine_hard_negatives, write_hard_negatives
 from train.warmup import warm_up_head
 
 logger = logging.getLogger(__name__)
@@ -129,8 +131,13 @@ class NoteLLM2Trainer(Trainer):
                 f"mini_batch_size={args.mini_batch_size} with gradcache=False does not work with FSDP, where processes "
                 "must make the same number of forward passes: leave gradcache True, or mini_batch_size unset."
             )
-        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-            raise ValueError("FSDP 1 renames parameters and is not supported: set fsdp_version: 2.")
+        if args.torch_compile and args.mini_batch_size and not args.gradcache and world()[1] > 1:
+            raise ValueError(
+                "torch_compile=True with gradcache=False: several compiled forward passes before one backward pass do "
+                "not go with DDP; leave gradcache True, or mini_batch_size unset."
+            )
+        if self.is_fsdp_enabled:
+            _check_fsdp_plugin(self.accelerator.state.fsdp_plugin, model)
         if args.hard_negatives and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"hard_negatives={args.hard_negatives} needs whole weights in every process to mine with, which FSDP "
@@ -148,7 +155,7 @@ class NoteLLM2Trainer(Trainer):
             )
         self._embedding_dim = width
         self._has_visual = IMAGE_EMBEDDING_TOKEN in model.processor.template and model.config.has_vision
-        self._parts: dict[str, list[float]] = {}
+        self._parts: dict[str, list[Tensor]] = {}
 
     def train(
         self,
@@ -165,8 +172,8 @@ class NoteLLM2Trainer(Trainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        if not resume_from_checkpoint and self.is_world_process_zero():
-            shutil.rmtree(self._hard_negatives_folder, ignore_errors=True)  # of an earlier run
+        if self.is_world_process_zero():
+            self._keep_hard_negatives_of(resume_from_checkpoint or None)
         if self.args.head_warmup_steps and not resume_from_checkpoint:
             self._warm_up_head()
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -237,9 +244,28 @@ class NoteLLM2Trainer(Trainer):
         if self.is_world_process_zero():
             self._warmed_up_file.unlink()
 
+    def _keep_hard_negatives_of(self, checkpoint: str | None) -> None:
+        """Leave in the output folder what was mined for the checkpoint's epoch, and no more: another run, or the part
+        of this one that is given up, has other models."""
+        wanted: Path | None = None
+        if checkpoint is not None:
+            epoch = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).epoch or 0.0
+            wanted = self._hard_negatives_file(math.ceil(epoch) - 1)
+        for file in self._hard_negatives_folder.glob("*.npy"):
+            if file != wanted:
+                file.unlink()
+        if checkpoint is not None and wanted is not None:
+            source = Path(checkpoint).parent / wanted.relative_to(self.args.output_dir)
+            if source.exists() and source.resolve() != wanted.resolve():
+                write_hard_negatives(wanted, np.load(source))
+
     @property
     def _hard_negatives_folder(self) -> Path:
         return Path(self.args.output_dir) / "hard_negatives"
+
+    def _hard_negatives_file(self, epoch: int) -> Path:
+        settings = f"pool-{self.args.hard_negative_pool}-max-{self.args.max_negative_similarity}"
+        return self._hard_negatives_folder / f"epoch-{epoch}-{settings}.npy"
 
     @property
     def _warmed_up_file(self) -> Path:
@@ -291,28 +317,25 @@ class NoteLLM2Trainer(Trainer):
     def _mine_hard_negatives(self, epoch: int) -> np.ndarray:
         """The hard negatives of an epoch. A file keeps them, as a resumed epoch has to go on with the same."""
         assert self.reader is not None and isinstance(self.train_dataset, PairDataset)
-        file = self._hard_negatives_folder / f"epoch-{epoch}.npy"
-        self.accelerator.wait_for_everyone()
-        if not file.exists():
-            found = mine_hard_negatives(
-                self.model,
-                self.reader,
-                self.train_dataset.related,
-                self.args.hard_negative_pool,
-                self.args.max_negative_similarity,
-                batch_size=self.args.per_device_eval_batch_size,
-                autocast=self.accelerator.autocast,
-                show_progress_bar=self.is_world_process_zero() and not self.args.disable_tqdm,
-            )
-            if self.is_world_process_zero():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = file.with_suffix(".unfinished")
-                with unfinished.open("wb") as stream:
-                    np.save(stream, found)
-                unfinished.rename(file)
-        self.accelerator.wait_for_everyone()
-        mined: np.ndarray = np.load(file)
-        return mined
+        file = self._hard_negatives_file(epoch)
+        is_main = self.is_world_process_zero()
+        kept: list[np.ndarray | None] = [np.load(file) if is_main and file.exists() else None]
+        broadcast_object_list(kept)
+        if kept[0] is not None:
+            return kept[0]
+        found = mine_hard_negatives(
+            self.model,
+            self.reader,
+            self.train_dataset.related,
+            self.args.hard_negative_pool,
+            self.args.max_negative_similarity,
+            batch_size=self.args.per_device_eval_batch_size,
+            autocast=self.accelerator.autocast,
+            show_progress_bar=is_main and not self.args.disable_tqdm,
+        )
+        if is_main:
+            write_hard_negatives(file, found)
+        return found
 
     def compute_loss(
         self,
@@ -345,8 +368,8 @@ class NoteLLM2Trainer(Trainer):
             loss = loss_of(*self._encode_all(model, mini_batches))
         if model.training:
             for name, value in parts.items():
-                self._parts.setdefault(name, []).append(value.detach().item())
-            self._parts.setdefault("bad_images", []).append(inputs["bad_images"])
+                self._parts.setdefault(name, []).append(value.detach().float())  # read when logged: a GPU need not wait
+            self._parts.setdefault("bad_images", []).append(torch.tensor(float(inputs["bad_images"])))
         return (loss, parts) if return_outputs else loss
 
     def _encode_all(self, model: nn.Module, mini_batches: Sequence[dict[str, Tensor]]) -> EncodedRows:
@@ -408,8 +431,10 @@ class NoteLLM2Trainer(Trainer):
         return loss * processes, parts
 
     def _no_sync(self, model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-        # FSDP shares gradients in every mini-batch: unshared ones would be as large as the whole model.
-        return model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+        # DDP's, also below a compiled model. FSDP2 has none: it shares gradients in every mini-batch, as unshared ones
+        # would be as large as the whole model.
+        no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
+        return no_sync
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The sum over the mini-batches of a planned batch, as `Trainer` estimates each."""
@@ -433,7 +458,8 @@ class NoteLLM2Trainer(Trainer):
         notes whose image could not be read to the training logs."""
         if "loss" in logs:
             names = sorted(self._parts)
-            means = torch.tensor([float(np.mean(self._parts[name])) for name in names], device=self.args.device)
+            means = torch.tensor([torch.stack(self._parts[name]).mean().item() for name in names])
+            means = means.to(self.args.device)
             means = self.accelerator.reduce(means, "mean")
             logs |= dict(zip(names, means.tolist(), strict=True))
             if "bad_images" in logs:  # how many, not how many a step and process
@@ -473,6 +499,26 @@ class NoteLLM2Trainer(Trainer):
             }
             for (part, decay), parameters in groups.items()
         ]
+
+
+def _check_fsdp_plugin(plugin: Any, model: NoteLLM2Model) -> None:
+    """Raises ValueError for what `accelerate` can shard by, and this model cannot be sharded by."""
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError("FSDP 1 renames parameters and is not supported: set fsdp_version: 2.")
+    policy = plugin.auto_wrap_policy
+    policy = getattr(policy, "func", policy)
+    layers = {type(module).__name__ for module in model.language_model.modules()}
+    others = {type(module).__name__ for name, module in model.named_modules() if not name.startswith("language_model")}
+    wrapped = set(plugin.transformer_cls_names_to_wrap or ())
+    by_layer = policy is transformer_auto_wrap_policy and wrapped and wrapped <= layers - others
+    if policy is not None and not by_layer:
+        # What runs only where there are images would leave processes waiting for each other.
+        raise ValueError(
+            f"fsdp_auto_wrap_policy={getattr(policy, '__name__', policy)} with fsdp_transformer_layer_cls_to_wrap="
+            f"{sorted(wrapped)} may shard what runs only where there are images, and processes would wait for each "
+            "other forever: wrap the LLM's layers alone, with TRANSFORMER_BASED_WRAP and "
+            f"{', '.join(sorted(name for name in layers - others if name.endswith('Layer'))) or 'their class'}."
+        )
 
 
 def _part_of(name: str) -> Literal["llm", "connector", "head"]:

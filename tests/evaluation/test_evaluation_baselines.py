@@ -76,7 +76,7 @@ def test_image_features_do_not_depend_on_the_batch_and_are_zero_without_image(vi
     with pytest.raises(ValueError, match="No note has an image"):
         pooled_image_features(vit_folder, [{"title": "a"}])
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"Note 1: image .*broken.jpg"):
+    with pytest.raises(ValueError, match=r"notes\[1\].image .*broken.jpg"):
         pooled_image_features(vit_folder, [notes[0], {"image": str(tmp_path / "broken.jpg")}])
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from evaluation.baselines import note_text
 from evaluation.modality import encode_with_modality, with_modality
+from train.features import VisionFeatureTable
 
 NOTES: list[dict[str, Any]] = [
     {"note_id": "a", "title": "Vase", "topics": ["glass"], "content": "Blue.", "image": "a.jpg"},
@@ -25,7 +26,14 @@ class LengthModel:
     def __init__(self) -> None:
         self.seen: list[Mapping[str, Any]] = []
 
-    def encode(self, notes: Sequence[Mapping[str, Any]], *, batch_size: int, show_progress_bar: bool) -> np.ndarray:
+    def encode(
+        self,
+        notes: Sequence[Mapping[str, Any]],
+        *,
+        batch_size: int,
+        show_progress_bar: bool,
+        vision_features: VisionFeatureTable | None = None,
+    ) -> np.ndarray:
         self.seen = list(notes)
         return np.array([[note.get("image") is not None, len(note_text(note))] for note in notes], dtype=np.float32)
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 from evaluation import run
 from evaluation.baselines import note_text
 from pairs.tables import write_table
+from train.features import VisionFeatureTable
 
 COLOURS = ("red", "green", "blue", "grey", "pink")
 
@@ -24,7 +25,14 @@ class ColourModel:
     def __init__(self, vision_config: str | None = "any") -> None:
         self.config = SimpleNamespace(vision_config=vision_config)
 
-    def encode(self, notes: Sequence[Mapping[str, Any]], *, batch_size: int, show_progress_bar: bool) -> np.ndarray:
+    def encode(
+        self,
+        notes: Sequence[Mapping[str, Any]],
+        *,
+        batch_size: int,
+        show_progress_bar: bool,
+        vision_features: VisionFeatureTable | None = None,
+    ) -> np.ndarray:
         clues = [f"{note_text(note)} {Path(note.get('image') or '').name}" for note in notes]
         return np.array([[colour in clue for colour in COLOURS] for clue in clues], dtype=np.float32)
 

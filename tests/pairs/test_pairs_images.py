@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_notellm2.processing_notellm2 import EncodedNote, NoteError, _decode_image
+from modeling_notellm2.processing_notellm2 import NoteError, read_image
 from pairs import images
 from pairs.images import check_image, check_images, decode_image, first_lookalikes, perceptual_hash
 
@@ -55,7 +55,7 @@ def test_images_are_read_as_the_processor_reads_them(tmp_path):
     refused = []
     for path in save_all(tmp_path):
         try:
-            expected = _decode_image(EncodedNote(0, [], path))
+            expected = read_image(path)
         except NoteError:
             refused.append(os.path.basename(path))
             checked = check_image(path)

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from modeling_notellm2.processing_notellm2 import read_image
 from pairs.tables import load_notes, load_pairs, read_notes, related_indices, write_table
 
 
@@ -71,7 +72,8 @@ def test_image_features_stay(tmp_path):
     write_table(load_notes(tmp_path / "saved"), tmp_path / "notes.parquet")
     loaded = load_notes(tmp_path / "notes.parquet")
     assert loaded[0]["note_id"] == "5"
-    assert loaded[0]["image"].size == (3, 2) and loaded[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    image = read_image(loaded[0]["image"])
+    assert image.size == (3, 2) and image.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_read_notes_lets_bad_rows_stand(tmp_path):

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from modeling_notellm2 import NoteError, NoteLLM2Model
 from pairs.split import NotesAndPairs
+from pairs.tables import load_notes
 from train.batches import BatchOptions, BatchPlan, BatchPlanner
 from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, without_bad_images
 from train.losses import ContrastiveTargets
@@ -155,6 +156,27 @@ def test_bad_images_end_the_run_only_if_asked(bad_notes: Dataset, build_model: B
     for row, words in ((2, "cannot be read"), (3, "no file")):
         with pytest.raises(NoteError, match=words):
             reader.read(row)
+
+
+def test_damaged_images_inside_a_table_follow_the_rule(
+    splits: dict[str, NotesAndPairs], build_model: BuildModel, tmp_path: Path
+):
+    """datasets would decode an `Image` column when a row is read, and end the run with an error of Pillow's."""
+    rows = list(splits["train"].notes.select(range(3)))
+    contents = [Path(row["image"]).read_bytes() for row in rows]
+    contents[1] = contents[1][:20]
+    for row, content in zip(rows, contents, strict=True):
+        row["image"] = {"bytes": content, "path": None}
+    Dataset.from_list(rows).cast_column("image", Image()).save_to_disk(tmp_path / "notes")
+    notes, processor = load_notes(tmp_path / "notes"), build_model().processor
+    reader = NoteReader(notes, processor, None, "text-only")
+    read = [reader.read(row) for row in range(3)]
+    assert [is_bad for _note, is_bad in read] == [False, True, False]
+    decoded = processor.load_image(processor.encode_note(splits["train"].notes[0], 0))
+    assert read[0][0] is not None and decoded.pixels is not None and read[0][0].pixels is not None
+    assert torch.equal(read[0][0].pixels["pixel_values"], decoded.pixels["pixel_values"])
+    with pytest.raises(NoteError, match=r"notes\[1\].image"):
+        NoteReader(notes, processor, None, "raise").read(1)
 
 
 def test_other_faults_of_a_note_are_no_bad_images(bad_notes: Dataset, build_model: BuildModel):

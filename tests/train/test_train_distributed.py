@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.nn import functional
 
 from modeling_notellm2 import NoteLLM2Model
@@ -186,3 +187,95 @@ def test_mini_batches_are_refused_under_deepspeed(build_trainer: BuildTrainer, m
     monkeypatch.setattr(NoteLLM2Trainer, "create_accelerator_and_postprocess", with_deepspeed)
     with pytest.raises(ValueError, match="mini_batch_size=4 does not work with DeepSpeed"):
         build_trainer(mini_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "classes"),
+    [
+        (size_based_auto_wrap_policy, None),
+        (transformer_auto_wrap_policy, None),
+        (transformer_auto_wrap_policy, ["LlamaDecoderLayer", "CLIPEncoderLayer"]),
+    ],
+)
+def test_sharding_what_not_every_note_runs_is_refused(
+    policy: Callable[..., bool],
+    classes: list[str] | None,
+    build_trainer: BuildTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    original = NoteLLM2Trainer.create_accelerator_and_postprocess
+    plugin = SimpleNamespace(fsdp_version=2, auto_wrap_policy=policy, transformer_cls_names_to_wrap=classes)
+
+    def with_fsdp(self: NoteLLM2Trainer) -> None:
+        original(self)
+        self.is_fsdp_enabled = True
+        monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", plugin, raising=False)
+
+    monkeypatch.setattr(NoteLLM2Trainer, "create_accelerator_and_postprocess", with_fsdp)
+    with pytest.raises(ValueError, match="TRANSFORMER_BASED_WRAP and LlamaDecoderLayer"):
+        build_trainer()  # the layers of the LLM alone are not refused: the tests of FSDP2 above
+
+
+def test_compiled_mini_batches_that_keep_their_graphs_are_refused_under_ddp(
+    build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("train.trainer.world", lambda: (0, 2))
+    with pytest.raises(ValueError, match="torch_compile=True with gradcache=False"):
+        build_trainer(mini_batch_size=4, gradcache=False, torch_compile=True)
+
+
+def test_gradcache_is_exact_with_all_at_once(splits_folder: Path, backbones: tiny.Backbones, tmp_path: Path):
+    """bfloat16, LoRA, gradient checkpointing, both losses, two processes: the same mini-batches, graphs kept or not."""
+    settings = RUN | {"mini_batch_size": 5, "gradient_checkpointing": True, "bf16": True, "batches": "graph"}
+    settings |= {"per_device_train_batch_size": 12, "max_steps": 3}
+    for name, gradcache in (("kept", False), ("cached", True)):
+        tiny.run_processes(
+            2, train_and_save, splits_folder, backbones, tmp_path / name, settings | {"gradcache": gradcache}
+        )
+    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("kept", "cached")]
+    for name in ("loss", "loss_m", "loss_v", "temperature", "grad_norm"):
+        curves = [[entry[name] for entry in history] for history in histories]
+        assert curves[1] == pytest.approx(curves[0], rel=2e-3), name
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("kept", "cached")]
+    start = tiny.build_model(backbones, dropout=0.0).state_dict()
+    moved = max(float((start[name] - value).abs().max()) for name, value in weights[0].items() if name in start)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=moved / 50, rtol=0)
+    assert moved > 1e-4
+
+
+def train_with_deepspeed(stage: int, *arguments: Any) -> None:
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+        "ACCELERATE_GRADIENT_CLIPPING": "auto",
+        "ACCELERATE_MIXED_PRECISION": "no",
+    }
+    train_and_save(*arguments)
+
+
+@pytest.mark.slow  # it compiles on first use, and few install it
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("llm_tuning", ["full", "lora"])
+def test_deepspeed_trains_like_one_process(
+    stage: int, llm_tuning: str, splits_folder: Path, backbones: tiny.Backbones, tmp_path: Path
+):
+    pytest.importorskip("deepspeed")
+    settings = RUN | {"llm_tuning": llm_tuning, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 2e-3}
+    settings |= {"max_grad_norm": 1.0, "image_dropout": 0.5, "adam_epsilon": 1e-4}
+    train_and_save(splits_folder, backbones, tmp_path / "one", settings | {"per_device_train_batch_size": 24})
+    several = settings | {"per_device_train_batch_size": 12}
+    tiny.run_processes(2, train_with_deepspeed, stage, splits_folder, backbones, tmp_path / "several", several)
+    expected, found = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "several"))
+    for name in ("loss", "loss_v", "grad_norm", "temperature"):
+        curves = [[entry[name] for entry in history] for history in (expected, found)]
+        assert curves[1] == pytest.approx(curves[0], rel=2e-3), name
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]
+    start = tiny.build_model(backbones, dropout=0.0).state_dict()
+    moved = max(float((start[name] - value).abs().max()) for name, value in weights[0].items() if name in start)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=moved / 50, rtol=0)
+    assert moved > 1e-3

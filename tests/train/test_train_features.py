@@ -1,5 +1,6 @@
 """The store of the tower's output: exact, never stale, whole or absent, shared by processes."""
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -12,8 +13,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from evaluation import run
+from evaluation.run import evaluate_model
 from modeling_notellm2 import NoteError, NoteLLM2Model
 from pairs.split import NotesAndPairs
+from pairs.tables import related_indices, write_table
 from tests.train import tiny
 from train import features as features_module
 from train.features import VisionFeatureStore, fingerprint, image_groups
@@ -281,3 +285,40 @@ def test_notes_without_image_have_no_features(splits: Splits, build_model: Build
     notes[1] = {**notes[1], "image": None}
     table = VisionFeatureStore(tmp_path, model).table(Dataset.from_list(notes), batch_size=2)
     assert table.stack([1]) == {} and table.stack([0, 1, 2])["pooled_embeds"].shape[0] == 2
+
+
+def test_the_evaluation_reads_from_the_store(
+    build_model: BuildModel, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One run of the tower for each picture, for all modalities, and the same table as without."""
+    model, split = build_model(), splits["test"]
+    blank = {**split.notes[0], "note_id": "blank", "image": None}  # moves the places of what has an image
+    notes = [blank, *split.notes]
+    related = related_indices([note["note_id"] for note in notes], split.pairs)
+    folder, output = tmp_path / "tables", tmp_path / "report"
+    write_table(Dataset.from_list(notes), folder / "notes.jsonl")
+    split.pairs.to_parquet(folder / "pairs.parquet")
+    expected = evaluate_model(model, notes, related, name="m", ks=(5,))
+    runs = count_runs(model)
+    monkeypatch.setattr(run, "load_model", lambda path: model)
+    command = ["--notes", str(folder / "notes.jsonl"), "--pairs", str(folder / "pairs.parquet"), "--ks", "5"]
+    command += ["--model", "m=somewhere", "--baselines", "--output", str(output)]
+    run.main([*command, "--vision-features-dir", str(tmp_path / "store")])
+    assert sum(runs) <= len(split.notes)
+    found = json.loads((output / "report.json").read_text())["rows"]
+    assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in expected]
+    assert len({row["metrics"]["recall@5"] for row in found}) == 3  # control: the modalities differ
+
+
+def test_strings_and_pictures_are_notes_too(build_model: BuildModel, splits: Splits, tmp_path: Path):
+    model = build_model()
+    picture = Image.open(splits["test"].notes[0]["image"])
+    notes: list[Any] = ["a text", picture, {"content": "x", "image": splits["test"].notes[1]["image"]}]
+    expected = model.encode(notes)
+    table = VisionFeatureStore(tmp_path, model).table(notes)
+    runs = count_runs(model)
+    np.testing.assert_allclose(model.encode(notes, vision_features=table), expected, atol=1e-6)
+    chosen = [2, 0, 1]
+    shuffled = model.encode([notes[row] for row in chosen], vision_features=table.select(chosen))
+    np.testing.assert_allclose(shuffled, expected[chosen], atol=1e-6)
+    assert not runs and np.abs(expected[1] - expected[2]).max() > 1e-3

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from torch import distributed
 
 from modeling_notellm2 import NoteLLM2Model
 from pairs.split import NotesAndPairs
+from tests.train import tiny
 from train import negatives
 from train.data import NoteReader, PairDataset
 from train.negatives import mine_hard_negatives
@@ -61,3 +63,30 @@ def test_few_candidates_leave_gaps(build_model: BuildModel, splits: dict[str, No
     assert (mine_hard_negatives(model, reader, dataset.related, 3, -1.0, show_progress_bar=False) == -1).all()
     found = mine_hard_negatives(model, reader, dataset.related, 200, 1.0, show_progress_bar=False)
     assert found.shape == (len(dataset.notes), 200) and (found[:, -1] == -1).all() and (found[:, 0] >= 0).all()
+
+
+def mine_a_share(splits_folder: Path, backbones: tiny.Backbones, folder: Path) -> None:
+    distributed.init_process_group("gloo")
+    negatives.ROWS_AT_ONCE = 7
+    model, dataset = tiny.build_model(backbones), PairDataset(*tiny.load_splits(splits_folder)["train"])
+    counts: list[int] = []
+    model.language_model.register_forward_pre_hook(
+        lambda _module, _inputs, keywords: counts.append(len(keywords["inputs_embeds"])), with_kwargs=True
+    )
+    reader = NoteReader(dataset.notes, model.processor)
+    found = mine_hard_negatives(model, reader, dataset.related, 4, 1.0, show_progress_bar=False)
+    np.savez(folder / f"{distributed.get_rank()}.npz", found=found, encoded=sum(counts))
+    distributed.destroy_process_group()
+
+
+def test_processes_share_the_work(splits_folder: Path, backbones: tiny.Backbones, tmp_path: Path):
+    tiny.run_processes(2, mine_a_share, splits_folder, backbones, tmp_path)
+    model, dataset = tiny.build_model(backbones), PairDataset(*tiny.load_splits(splits_folder)["train"])
+    reader = NoteReader(dataset.notes, model.processor)
+    alone = mine_hard_negatives(model, reader, dataset.related, 4, 1.0, show_progress_bar=False)
+    saved = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
+    assert all((part["found"] == alone).all() for part in saved) and len(np.unique(alone)) > 20
+    assert [int(part["encoded"]) for part in saved] == [
+        len(dataset.notes) - len(dataset.notes) // 2,
+        len(dataset.notes) // 2,
+    ]

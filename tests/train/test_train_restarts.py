@@ -53,7 +53,7 @@ class Kill(TrainerCallback):
 
 
 def run(
-    splits_folder: Path, backbones: tiny.Backbones, output_dir: Path, kill: tuple[int, bool] | None, resume: bool
+    splits_folder: Path, backbones: tiny.Backbones, output_dir: Path, kill: tuple[int, bool] | None, resume: bool | str
 ) -> NoteLLM2Trainer:
     trainer = tiny.build_trainer(tiny.load_splits(splits_folder), tiny.build_model(backbones), output_dir, **SETTINGS)
     if kill is not None and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
@@ -110,3 +110,34 @@ def test_two_processes_of_which_one_is_killed(splits_folder: Path, backbones: ti
         tiny.run_processes(2, run_in_process, splits_folder, backbones, cut, (5, False), False)
     tiny.run_processes(2, run_in_process, splits_folder, backbones, cut, None, True)
     assert_same_run(whole, cut)
+
+
+def mined(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "hard_negatives").glob("*.npy")}
+
+
+def test_hard_negatives_of_what_was_given_up_are_not_used(
+    undisturbed: Path, splits_folder: Path, backbones: tiny.Backbones, tmp_path: Path
+):
+    """A run goes on in another folder with what was mined for the checkpoint's epoch, and mines for later ones anew."""
+    there = mined(undisturbed)
+    assert len(there) > 1  # the run has several epochs
+    checkpoint = undisturbed / "checkpoint-2"
+    (tmp_path / "hard_negatives").mkdir()
+    for name in there:
+        (tmp_path / "hard_negatives" / name).write_bytes(b"of another run")
+    run(splits_folder, backbones, tmp_path, None, str(checkpoint))
+    assert_same_run(undisturbed, tmp_path)
+    epoch = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).epoch
+    assert epoch is not None and 0 < epoch % 1  # in the middle of it, where the model is not what it was mined with
+    assert mined(tmp_path) == {name: content for name, content in there.items() if name >= f"epoch-{int(epoch)}"}
+    assert mined(undisturbed) == there
+    # Another pool is another file: what was mined with other settings is not used.
+    trainer = tiny.build_trainer(
+        tiny.load_splits(splits_folder),
+        tiny.build_model(backbones),
+        tmp_path / "other",
+        **SETTINGS | {"hard_negative_pool": 3},
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert all("pool-3" in name for name in mined(tmp_path / "other")) and mined(tmp_path / "other")

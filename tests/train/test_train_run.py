@@ -1,14 +1,17 @@
 """The training command, end to end, and every recipe of configs/."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModel, LlamaConfig
+from transformers import AutoModel, LlamaConfig, TrainerState
 
 from hub.verify import verify
 from pairs.query import PairOptions
@@ -16,7 +19,8 @@ from pairs.split import SplitOptions, load_split, make_splits
 from pairs.tables import load_notes
 from train.run import main
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 FAST = [
     *("--use_cpu", "--disable_tqdm", "True", "--report_to", "none", "--per_device_train_batch_size", "4"),
     *("--qformer_layers", "1", "--qformer_hidden_size", "64", "--num_visual_tokens", "2", "--eval_steps", "1"),
@@ -162,3 +166,28 @@ def test_refuses_to_mix_two_runs_in_one_folder(tmp_path: Path):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert "checkpoints of an earlier run" in str(stopped.value.code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_way_of_distribution_trains_goes_on_and_measures(file: Path, tmp_path: Path):
+    """As its file says, but for processors, two of them, float32 and the layer of the tiny LLM."""
+    settings = yaml.safe_load(file.read_text())
+    if settings["distributed_type"] == "DEEPSPEED":
+        pytest.importorskip("deepspeed")
+    settings |= {"mixed_precision": "no", "use_cpu": True, "num_processes": min(settings["num_processes"], 2)}
+    if settings["distributed_type"] == "MULTI_GPU":
+        settings["distributed_type"] = "MULTI_CPU"
+    if "fsdp_config" in settings:
+        settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer"
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+    command += ["train/run.py", "--output_dir", str(tmp_path / "run"), "--num_simulated_notes", "200"]
+    command += ["--eval_steps", "2", "--save_steps", "2", "--use_cpu", "true"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    for more in (["--max_steps", "2"], ["--max_steps", "4", "--resume_from_checkpoint", "last"]):
+        done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "trained" in done.stdout
+    state = TrainerState.load_from_json(str(tmp_path / "run" / "trainer_state.json"))
+    assert state.global_step == 4 and all(np.isfinite(e["loss"]) for e in state.log_history if "loss" in e)
