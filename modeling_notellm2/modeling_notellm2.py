@@ -24,6 +24,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, is_peft_available, logging
 
@@ -508,9 +509,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         if self.connector is None:
             return embeds
         if features is None:
-            if not (self.training and torch.is_grad_enabled()):
+            if not self._takes_part():
                 return embeds
-            # Processes wait for a gradient of every weight, and others may have images in this step.
             blank = self.image_embedding.new_ones(1, self.config.vision_hidden_size)
             return embeds + 0.0 * self.connector(VisionFeatures(blank.unsqueeze(1), blank)).sum().to(embeds.dtype)
         parameter = next(self.connector.parameters())
@@ -527,7 +527,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         width = 1 if self.config.late_fusion == "scalar" else note_states.shape[-1]
         weights = note_states.new_zeros(note_states.shape[0], width)
         if pooled_embeds is None:
-            if self.training and torch.is_grad_enabled():  # as in _embed
+            if self._takes_part():
                 visual = self.late_fusion.project(note_states.new_ones(1, self.config.vision_hidden_size))
                 unused = self.late_fusion.weight(visual, note_states[:1].to(visual.dtype)).sum() + visual.sum()
                 note_states = note_states + 0.0 * unused.to(note_states.dtype)
@@ -541,6 +541,11 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
 
         weights = weights.masked_scatter(has_image.unsqueeze(-1), weight.to(weights.dtype))
         return fuse(note_states), None if visual_states is None else fuse(visual_states), weights
+
+    def _takes_part(self) -> bool:
+        """Whether what reads images runs, to no effect, where a batch has none: other processes may have some, and
+        wait for a gradient of every weight; with ZeRO-3, which gathers weights where they are used, in any pass."""
+        return (self.training and torch.is_grad_enabled()) or is_deepspeed_zero3_enabled()
 
     def _to_embeds(self, states: Tensor) -> Tensor:
         return functional.normalize(self.head(states).float(), dim=-1)

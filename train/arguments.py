@@ -1,6 +1,7 @@
 """Settings of a training run, each with its meaning for `--help`, and how a YAML file and the command line meet."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -263,6 +264,10 @@ class NoteLLM2TrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            # A file of configs/accelerate says it to DeepSpeed alone, and `Trainer` refuses two that disagree.
+            self.bf16 |= os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+            self.fp16 |= os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch warns of it
         if self.visual_loss_weight < 0:

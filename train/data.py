@@ -275,7 +275,7 @@ class PlanCollator:
         - `mini_batches`: the inputs of the model, a dictionary for each mini-batch. Where features are kept,
           `feature_rows` (N,) int64 names those to stack: they are large, and one mini-batch needs them at a time.
         - `places` (B,) int64: where these B notes stand in the plan; −1: not to be learned from.
-        - `targets`: the fields of `ContrastiveTargets` for the M notes of the plan.
+        - `targets`: the fields of `ContrastiveTargets` for the M notes of the plan, `log_q` as an array.
         - `passes`: the most mini-batches that a process has.
         - `bad_images`: notes of this share whose image could not be read.
         """
@@ -301,7 +301,7 @@ class PlanCollator:
                 for start in range(0, len(notes), size)
             ],
             "places": torch.tensor([place for _note, place in notes]),
-            "targets": self._targets(plan)._asdict(),
+            "targets": self._targets(plan)._asdict() | {"log_q": self._log_q_of(plan)},
             "passes": -(-largest_share // size),
             "bad_images": num_bad,
         }
@@ -314,8 +314,11 @@ class PlanCollator:
 
     def _targets(self, plan: BatchPlan) -> ContrastiveTargets:
         groups = plan.notes if self.image_groups is None else self.image_groups[plan.notes]
-        log_q = None if self.log_q is None else self.log_q[plan.notes]
-        return ContrastiveTargets.of_plan(plan.positives, self.related.among(plan.notes), groups, log_q)
+        return ContrastiveTargets.of_plan(plan.positives, self.related.among(plan.notes), groups)
+
+    def _log_q_of(self, plan: BatchPlan) -> np.ndarray | None:
+        """Not a tensor: `Trainer` would round it to the 16 bits that it gives DeepSpeed."""
+        return None if self.log_q is None else self.log_q[plan.notes]
 
 
 __all__ = [

@@ -94,7 +94,7 @@ class VisionFeatureStore:
         rows = range(state.process_index, len(notes), state.num_processes)
         found: list[tuple[int, bytes]] = []
         errors: dict[int, str] = {}
-        missing: dict[bytes, EncodedNote] = {}
+        missing: dict[bytes, int] = {}  # rows: the pictures may be in memory, and are many
         is_main = state.is_main_process
         for row in tqdm(rows, desc="images", unit="note", disable=not is_main):
             try:
@@ -102,10 +102,10 @@ class VisionFeatureStore:
                 if encoded.image is not None:
                     found.append((row, key := image_key(encoded, self.model.processor)))
                     if key not in self:
-                        missing.setdefault(key, encoded)
+                        missing.setdefault(key, row)
             except NoteError as error:
                 errors[row] = str(error)
-        unread = self._add(missing, batch_size, show_progress_bar=is_main)
+        unread = self._add(notes, missing, batch_size, show_progress_bar=is_main)
         errors |= {row: unread[key] for row, key in found if key in unread}
         state.wait_for_everyone()
         self._reload()
@@ -153,14 +153,16 @@ class VisionFeatureStore:
             if time.time() - folder.stat().st_mtime > 86_400:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _add(self, missing: Mapping[bytes, EncodedNote], batch_size: int, show_progress_bar: bool) -> dict[bytes, str]:
+    def _add(
+        self, notes: Sequence[Any], missing: Mapping[bytes, int], batch_size: int, show_progress_bar: bool
+    ) -> dict[bytes, str]:
         """Compute and write features; returns the messages of the images that cannot be read."""
         unread: dict[bytes, str] = {}
         keys: list[bytes] = []
         arrays: dict[str, list[np.ndarray]] = {}
         size = 0
         with tqdm(total=len(missing), desc="vision features", unit="image", disable=not show_progress_bar) as progress:
-            for batch in self._readable(missing, batch_size, unread):
+            for batch in self._readable(notes, missing, batch_size, unread):
                 keys += batch
                 features = self._run([note for note in batch.values()])
                 for name, values in features.items():
@@ -175,12 +177,12 @@ class VisionFeatureStore:
         return unread
 
     def _readable(
-        self, missing: Mapping[bytes, EncodedNote], batch_size: int, unread: dict[bytes, str]
+        self, notes: Sequence[Any], missing: Mapping[bytes, int], batch_size: int, unread: dict[bytes, str]
     ) -> Iterator[dict[bytes, EncodedNote]]:
         batch: dict[bytes, EncodedNote] = {}
-        for key, note in missing.items():
+        for key, row in missing.items():
             try:
-                batch[key] = self.model.processor.load_image(note)
+                batch[key] = self.model.processor.load_image(_cover_of(notes[row], row, self.model.processor))
             except NoteError as error:
                 unread[key] = str(error)
             if len(batch) == batch_size:
@@ -194,7 +196,7 @@ class VisionFeatureStore:
         model = self.model
         batch = model.processor.collate(notes)
         names = model.processor.image_processor.model_input_names
-        images = {name: batch[name].to(model.device) for name in names if name in batch}
+        images = {name: batch[name].to(_tower_device(model)) for name in names if name in batch}
         features = model.get_image_features(**images)
         return {name: _to_numpy(value) for name, value in features._asdict().items() if value is not None}
 
@@ -339,13 +341,17 @@ def fingerprint(model: NoteLLM2Model) -> str:
         "image_processor": json.loads(model.processor.image_processor.to_json_string()),
         "versions": {name: _version(name) for name in ("torch", "transformers", "pillow", "torchvision", "timm")},
         "store": STORE_VERSION,
-        "device": model.device.type,
+        "device": _tower_device(model).type,
     }
     content.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.vision_tower.state_dict().items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return content.hexdigest()
+
+
+def _tower_device(model: NoteLLM2Model) -> torch.device:
+    return next(model.vision_tower.parameters()).device  # type: ignore[union-attr]  # stores are of models with a tower
 
 
 def _version(package: str) -> str | None:

@@ -52,31 +52,33 @@ def mine_hard_negatives(
     """
     embeds = embed_notes(model, reader, batch_size, autocast, show_progress_bar)
     readable = embeds.isfinite().all(1)
-    total = len(embeds)
+    total, device = len(embeds), embeds.device
     best = np.full((total, count), -1)
     candidates = embeds.nan_to_num()
     rank, processes = world()
     blocks = range(rank * ROWS_AT_ONCE, total, processes * ROWS_AT_ONCE)
     for start in tqdm(blocks, desc="hard negatives", unit="block", disable=not show_progress_bar):
         rows = torch.arange(start, min(start + ROWS_AT_ONCE, total))
-        scores, found = torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64)
+        rows = rows.to(device)
+        scores = torch.empty(len(rows), 0, device=device)
+        found = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
         own = [related.of(row) for row in rows.tolist()]
         excluded = torch.as_tensor(
-            np.stack([np.repeat(np.arange(len(rows)), [len(near) for near in own]), np.concatenate(own)])
+            np.stack([np.repeat(np.arange(len(rows)), [len(near) for near in own]), np.concatenate(own)]), device=device
         )
         for first in range(0, total, NOTES_AT_ONCE):
-            columns = torch.arange(first, min(first + NOTES_AT_ONCE, total))
-            tile = (candidates[rows] @ candidates[columns].T).float().cpu()
+            columns = torch.arange(first, min(first + NOTES_AT_ONCE, total), device=device)
+            tile = candidates[rows] @ candidates[columns].T
             tile[tile > max_similarity] = -torch.inf
-            tile[:, ~readable[columns].cpu()] = -torch.inf
+            tile[:, ~readable[columns]] = -torch.inf
             tile[rows.unsqueeze(1) == columns] = -torch.inf
             row, column = excluded[:, (excluded[1] >= first) & (excluded[1] <= int(columns[-1]))]
             tile[row, column - first] = -torch.inf
             scores, found = torch.cat([scores, tile], 1), torch.cat([found, columns.expand(len(rows), -1)], 1)
             scores, order = scores.topk(min(count, scores.shape[1]), dim=1)
             found = found.gather(1, order)
-        found[scores.isinf() | ~readable[rows].cpu().unsqueeze(1)] = -1
-        best[start : start + len(rows), : found.shape[1]] = found.numpy()
+        found[scores.isinf() | ~readable[rows].unsqueeze(1)] = -1
+        best[start : start + len(rows), : found.shape[1]] = found.cpu().numpy()
     owner = np.arange(total) // ROWS_AT_ONCE % processes
     shared = gather_rows(torch.from_numpy(best[owner == rank]).to(model.device)).cpu().numpy()
     best[np.argsort(owner, kind="stable")] = shared  # one process's rows after another's

@@ -177,16 +177,19 @@ def train(
     features: dict[str, VisionFeatureTable | None] = dict.fromkeys(SPLITS)
     store: VisionFeatureStore | None = None
     if training.vision_features == "store" and model.config.has_vision:
-        model.to(training.device)  # type: ignore[arg-type]  # transformers' own annotation
-        store = VisionFeatureStore(training.vision_features_dir or folder / "vision_features", model)
         on_error = None if training.bad_images == "raise" else _warn_of_bad_image
         try:
+            assert model.vision_tower is not None
+            model.vision_tower.to(training.device)  # alone: the LLM may be larger than one device
+            store = VisionFeatureStore(training.vision_features_dir or folder / "vision_features", model)
             features = {
                 name: store.table(splits[name].notes, training.per_device_eval_batch_size, on_error)
                 for name in features
             }
         except NoteError as error:
             raise UserError(f"{error} (bad_images={training.bad_images})") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
     try:
         train_dataset = PairDataset(*splits["train"], features["train"])
         trainer = NoteLLM2Trainer(
@@ -241,8 +244,9 @@ def train(
     unset_hf_deepspeed_config()  # training has set it again, and now one process loads a model
     if state.is_main_process:
         saved: NoteLLM2Model = AutoModel.from_pretrained(folder).to(model.device)  # what was saved is what is measured
-        if store is not None and fingerprint(saved) != store.fingerprint:
-            raise RuntimeError(f"{folder}: the saved vision tower is not the one that the features are of.")
+        if store is not None and fingerprint(saved) != store.fingerprint:  # DeepSpeed saves a tower in 16 bits
+            logger.info("The saved vision tower is not to the bit the one of the store: it is run.")
+            features["test"] = None
         rows += evaluate_model(
             saved,
             notes,

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from evaluation.metrics import retrieval_metrics
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
@@ -138,6 +138,13 @@ class NoteLLM2Trainer(Trainer):
             )
         if self.is_fsdp_enabled:
             _check_fsdp_plugin(self.accelerator.state.fsdp_plugin, model)
+        unstored = [data for data in (train_dataset, eval_dataset) if data is not None and data.features is None]
+        zero_stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        if zero_stage == 3 and model.config.has_vision and unstored:
+            raise ValueError(
+                "vision_features=recompute does not work with ZeRO-3, where processes must run the same parts and some "
+                "may have no image: set vision_features: store, or use ZeRO-2."
+            )
         if args.hard_negatives and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"hard_negatives={args.hard_negatives} needs whole weights in every process to mine with, which FSDP "
@@ -155,7 +162,7 @@ class NoteLLM2Trainer(Trainer):
             )
         self._embedding_dim = width
         self._has_visual = IMAGE_EMBEDDING_TOKEN in model.processor.template and model.config.has_vision
-        self._parts: dict[str, list[Tensor]] = {}
+        self._parts: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last log, and of how many batches
 
     def train(
         self,
@@ -225,39 +232,48 @@ class NoteLLM2Trainer(Trainer):
 
     def _restore_warmed_up_if_best(self) -> None:
         """Take the model back as it was after the warm-up if no checkpoint was better by `metric_for_best_model`."""
-        if not self._warmed_up_file.exists():  # a finished run that is resumed for more steps
-            return
-        with safe_open(self._warmed_up_file, "pt") as saved:
-            metric, best = float(saved.metadata()[self._best_metric_name]), self.state.best_metric
-            if best is None or (metric > best if self.args.greater_is_better else metric < best):
-                with torch.no_grad():
-                    for name, parameter in self._trained_parameters().items():
-                        parameter.copy_(saved.get_tensor(name))
-                self.state.best_metric, self.state.best_global_step = metric, 0
-                self.state.best_model_checkpoint = None
-                logger.warning(
-                    "No checkpoint is better than the warmed-up model (%s %.4f): it is taken back.",
-                    self._best_metric_name,
-                    metric,
-                )
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
+        better: list[tuple[float, dict[str, Tensor]] | None] = [None]
+        # The main process alone has the file. None: a finished run that is resumed for more steps.
+        if self.is_world_process_zero() and self._warmed_up_file.exists():
+            with safe_open(self._warmed_up_file, "pt") as saved:
+                metric, best = float(saved.metadata()[self._best_metric_name]), self.state.best_metric
+                if best is None or (metric > best if self.args.greater_is_better else metric < best):
+                    better = [(metric, {name: saved.get_tensor(name) for name in self._trained_parameters()})]
             self._warmed_up_file.unlink()
+        broadcast_object_list(better)
+        if better[0] is None:
+            return
+        metric, tensors = better[0]
+        with torch.no_grad():
+            for name, parameter in self._trained_parameters().items():
+                parameter.copy_(tensors[name])
+        self.state.best_metric, self.state.best_global_step = metric, 0
+        self.state.best_model_checkpoint = None
+        logger.warning(
+            "No checkpoint is better than the warmed-up model (%s %.4f): it is taken back.",
+            self._best_metric_name,
+            metric,
+        )
 
     def _keep_hard_negatives_of(self, checkpoint: str | None) -> None:
         """Leave in the output folder what was mined for the checkpoint's epoch, and no more: another run, or the part
         of this one that is given up, has other models."""
         wanted: Path | None = None
-        if checkpoint is not None:
-            epoch = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).epoch or 0.0
-            wanted = self._hard_negatives_file(math.ceil(epoch) - 1)
+        if checkpoint is not None and self.args.hard_negatives and (epoch := _epoch_of(checkpoint)) % 1:
+            wanted = self._hard_negatives_file(math.floor(epoch))
+            source = Path(checkpoint).parent / wanted.relative_to(self.args.output_dir)
+            if not source.exists():
+                logger.warning(
+                    "%s is missing, with the hard negatives that the checkpoint's epoch began with: they are mined "
+                    "anew, by the model of the checkpoint, and the run is not the one that was interrupted.",
+                    source,
+                )
+                wanted = None
+            elif source.resolve() != wanted.resolve():
+                write_hard_negatives(wanted, np.load(source))
         for file in self._hard_negatives_folder.glob("*.npy"):
             if file != wanted:
                 file.unlink()
-        if checkpoint is not None and wanted is not None:
-            source = Path(checkpoint).parent / wanted.relative_to(self.args.output_dir)
-            if source.exists() and source.resolve() != wanted.resolve():
-                write_hard_negatives(wanted, np.load(source))
 
     @property
     def _hard_negatives_folder(self) -> Path:
@@ -335,6 +351,12 @@ class NoteLLM2Trainer(Trainer):
         )
         if is_main:
             write_hard_negatives(file, found)
+            kept_epochs = {epoch}
+            for checkpoint in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+                kept_epochs.add(math.floor(_epoch_of(checkpoint.parent)))
+            for other in self._hard_negatives_folder.glob("*.npy"):
+                if other not in {self._hard_negatives_file(number) for number in kept_epochs}:
+                    other.unlink()  # no checkpoint goes on with it
         return found
 
     def compute_loss(
@@ -367,9 +389,9 @@ class NoteLLM2Trainer(Trainer):
         else:
             loss = loss_of(*self._encode_all(model, mini_batches))
         if model.training:
-            for name, value in parts.items():
-                self._parts.setdefault(name, []).append(value.detach().float())  # read when logged: a GPU need not wait
-            self._parts.setdefault("bad_images", []).append(torch.tensor(float(inputs["bad_images"])))
+            for name, value in {**parts, "bad_images": torch.tensor(inputs["bad_images"])}.items():
+                total, count = self._parts.get(name, (0.0, 0))
+                self._parts[name] = (total + value.detach().float(), count + 1)  # read when logged: a GPU need not wait
         return (loss, parts) if return_outputs else loss
 
     def _encode_all(self, model: nn.Module, mini_batches: Sequence[dict[str, Tensor]]) -> EncodedRows:
@@ -410,7 +432,8 @@ class NoteLLM2Trainer(Trainer):
         kept = row_of >= 0
         order = row_of[kept]
         embeds, has_image = everyone[order], images[order].bool()
-        width, chosen = self._embedding_dim, ContrastiveTargets(**targets).select(kept)
+        log_q = None if targets["log_q"] is None else torch.as_tensor(targets["log_q"], device=rows.device)
+        width, chosen = self._embedding_dim, ContrastiveTargets(**{**targets, "log_q": log_q}).select(kept)
         loss, parts = joint_loss(
             embeds[:, :width],
             embeds[:, width : 2 * width] if self._has_visual else None,
@@ -458,12 +481,12 @@ class NoteLLM2Trainer(Trainer):
         notes whose image could not be read to the training logs."""
         if "loss" in logs:
             names = sorted(self._parts)
-            means = torch.tensor([torch.stack(self._parts[name]).mean().item() for name in names])
+            means = torch.tensor([float(self._parts[name][0]) / self._parts[name][1] for name in names])
             means = means.to(self.args.device)
             means = self.accelerator.reduce(means, "mean")
             logs |= dict(zip(names, means.tolist(), strict=True))
             if "bad_images" in logs:  # how many, not how many a step and process
-                logs["bad_images"] *= len(self._parts["bad_images"]) * self.accelerator.num_processes
+                logs["bad_images"] *= self._parts["bad_images"][1] * self.accelerator.num_processes
             self._parts = {}
         super().log(logs, start_time)
 
@@ -519,6 +542,11 @@ def _check_fsdp_plugin(plugin: Any, model: NoteLLM2Model) -> None:
             "other forever: wrap the LLM's layers alone, with TRANSFORMER_BASED_WRAP and "
             f"{', '.join(sorted(name for name in layers - others if name.endswith('Layer'))) or 'their class'}."
         )
+
+
+def _epoch_of(checkpoint: str | Path) -> float:
+    """How many epochs a checkpoint has behind it."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).epoch or 0.0
 
 
 def _part_of(name: str) -> Literal["llm", "connector", "head"]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,14 +246,16 @@ def test_gradcache_is_exact_with_all_at_once(splits_folder: Path, backbones: tin
 
 
 def train_with_deepspeed(stage: int, *arguments: Any) -> None:
+    # Without the threshold DeepSpeed would leave a model this small undivided.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    settings = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+    file = Path(tempfile.mkdtemp()) / "deepspeed.json"
+    file.write_text(json.dumps(settings | {"gradient_accumulation_steps": "auto"}))
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
         "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
-        "ACCELERATE_GRADIENT_CLIPPING": "auto",
-        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
+        "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file",
     }
     train_and_save(*arguments)
 
@@ -265,12 +268,14 @@ def test_deepspeed_trains_like_one_process(
 ):
     pytest.importorskip("deepspeed")
     settings = RUN | {"llm_tuning": llm_tuning, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 2e-3}
-    settings |= {"max_grad_norm": 1.0, "image_dropout": 0.5, "adam_epsilon": 1e-4}
+    # With hardly an image left, some processes have none, whose parts are gathered all the same.
+    settings |= {"max_grad_norm": 1.0, "image_dropout": 0.97, "adam_epsilon": 1e-4, "store": tmp_path / "store"}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2}
     train_and_save(splits_folder, backbones, tmp_path / "one", settings | {"per_device_train_batch_size": 24})
     several = settings | {"per_device_train_batch_size": 12}
     tiny.run_processes(2, train_with_deepspeed, stage, splits_folder, backbones, tmp_path / "several", several)
     expected, found = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "several"))
-    for name in ("loss", "loss_v", "grad_norm", "temperature"):
+    for name in ("loss", "grad_norm", "temperature"):
         curves = [[entry[name] for entry in history] for history in (expected, found)]
         assert curves[1] == pytest.approx(curves[0], rel=2e-3), name
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import multiprocessing
 from transformers import set_seed
 
@@ -14,6 +15,7 @@ from pairs.split import NotesAndPairs, load_split
 from pairs.tables import related_indices
 from train.arguments import NoteLLM2TrainingArguments
 from train.data import NoteDataset, PairDataset
+from train.features import VisionFeatureStore, VisionFeatureTable
 from train.trainer import NoteLLM2Trainer
 
 Backbones = tuple[Path, Path]
@@ -33,7 +35,11 @@ def build_model(backbones: Backbones, dropout: float = 0.1, **config: Any) -> No
 
 
 def build_trainer(
-    splits: dict[str, NotesAndPairs], model: NoteLLM2Model, output_dir: Path | str, **arguments: Any
+    splits: dict[str, NotesAndPairs],
+    model: NoteLLM2Model,
+    output_dir: Path | str,
+    store: Path | None = None,
+    **arguments: Any,
 ) -> NoteLLM2Trainer:
     settings = {
         "output_dir": str(output_dir),
@@ -49,11 +55,15 @@ def build_trainer(
         **arguments,
     }
     validation = splits["validation"]
+
+    def features_of(notes: Dataset) -> VisionFeatureTable | None:
+        return None if store is None else VisionFeatureStore(store, model).table(notes)
+
     return NoteLLM2Trainer(
         model=model,
         args=NoteLLM2TrainingArguments(**settings),
-        train_dataset=PairDataset(*splits["train"]),
-        eval_dataset=NoteDataset(validation.notes),
+        train_dataset=PairDataset(*splits["train"], features_of(splits["train"].notes)),
+        eval_dataset=NoteDataset(validation.notes, features_of(validation.notes)),
         eval_related=related_indices(list(validation.notes["note_id"]), validation.pairs),
     )
 
