@@ -10,10 +10,12 @@ each adds is on top of the one before:
     store       the same pairs; a note that several pairs name is encoded once, and the tower's output comes from a
                 store
     lengths     notes of like length encoded together (--mini-batch-size)
-    graph       graph batches: every known pair among the notes is learned from
-    gradcache   the same, each mini-batch encoded twice, so that memory does not grow with the batch
+    gradcache-pairs  the same, each mini-batch encoded twice, so that memory does not grow with the batch
+    graph       lengths, but graph batches: every known pair among the notes is learned from
+    gradcache   graph, each mini-batch encoded twice
 
-Each run has a process of its own; systems take turns.
+Each run has a process of its own; systems take turns. The share of the peak is of matrix products: those of a step,
+counted in the first one, over its time, against a large product measured in the same process.
 """
 
 import argparse
@@ -32,6 +34,8 @@ import numpy as np
 import psutil
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
@@ -46,7 +50,7 @@ from train.data import PairDataset
 from train.features import VisionFeatureStore
 from train.trainer import NoteLLM2Trainer, apply_llm_tuning
 
-System = Literal["official", "store", "lengths", "graph", "gradcache"]
+System = Literal["official", "store", "lengths", "gradcache-pairs", "graph", "gradcache"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,16 @@ class StepTimes:
         seconds: of each step, loading included.
         notes: notes encoded a step, on average.
         pairs: pairs learned from a step, on average.
+        flops: floating-point operations a second in matrix products and convolutions: those of a note of the first step
+            for all notes.
+        device_memory_gb: peak memory of the GPU, 10^9 bytes; None without one.
     """
 
     seconds: list[float]
     notes: float
     pairs: float
+    flops: float
+    device_memory_gb: float | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,54 @@ class Run:
     batch_pairs: int
     usage: Usage
     times: StepTimes | None
+    peak_flops: float | None = None
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts what matrix products and convolutions compute, by PyTorch's own formulas.
+
+    (`FlopCounterMode` also follows modules, by hooks that passes without gradients break.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count it."""
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def moment(device: torch.device) -> float:
+    """The time, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def step_times(
+    seconds: list[float], notes: float, pairs: float, first_flops: int, first_notes: float, device: torch.device
+) -> StepTimes:
+    """`first_flops` and `first_notes` are of the first step, which `seconds` leaves out."""
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    flops = first_flops / first_notes * notes / median(seconds)
+    return StepTimes(seconds, notes, pairs, flops, memory)
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, size: int = 4096, repeat: int = 5) -> float:
+    """Floating-point operations a second of a large matrix product: the median of `repeat`."""
+    size = size if device.type == "cuda" else min(size, 2048)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _turn in range(repeat + 1):
+        started = moment(device)
+        left @ right
+        seconds.append(moment(device) - started)
+    return 2 * size**3 / median(seconds[1:])
 
 
 def official_steps(
@@ -85,8 +142,11 @@ def official_steps(
     draw = np.random.default_rng(0)
     model.train()
     seconds = []
-    for _step in range(steps + 1):
-        started = time.perf_counter()
+    counter = FlopCounter()
+    for step in range(steps + 1):
+        if step == 0:
+            counter.__enter__()
+        started = moment(device)
         chosen = dataset.pairs[draw.choice(len(dataset.pairs), pairs, replace=len(dataset.pairs) < pairs)]
         batch = model.processor([dataset.notes[row] for row in chosen.T.flatten().tolist()])
         output = model(**batch.to(device))
@@ -102,19 +162,29 @@ def official_steps(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    return StepTimes(seconds[1:], 2.0 * pairs, float(pairs))
+        seconds.append(moment(device) - started)
+        if step == 0:
+            counter.__exit__(None, None, None)
+    return step_times(seconds[1:], 2.0 * pairs, float(pairs), counter.total, 2.0 * pairs, device)
 
 
 class StepClock(TrainerCallback):
-    """The moments at which steps end."""
+    """The moments at which steps end, and what the first one computes."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
+        self.counter = FlopCounter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count in the first step."""
+        if not self.moments:
+            self.counter.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the time."""
-        self.moments.append(time.perf_counter())
+        if not self.moments:
+            self.counter.__exit__(None, None, None)
+        self.moments.append(moment(args.device))
 
 
 def trainer_steps(
@@ -126,10 +196,12 @@ def trainer_steps(
     clock = StepClock()
     trainer.add_callback(clock)
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "notes_per_step" in entry][1:]
+    first, *logs = [entry for entry in trainer.state.log_history if "notes_per_step" in entry]
     notes = float(np.mean([entry["notes_per_step"] for entry in logs]))
     pairs = float(np.mean([entry["notes_per_step"] * entry["pairs_per_note"] for entry in logs]))
-    return StepTimes(np.diff(clock.moments).tolist(), notes, pairs)
+    seconds = np.diff(clock.moments).tolist()
+    flops = clock.counter.total
+    return step_times(seconds, notes, pairs, flops, first["notes_per_step"], training.device)
 
 
 def batch_pairs_for(dataset: PairDataset, options: BatchOptions, pairs: int) -> int:
@@ -159,13 +231,15 @@ def run_system(args: argparse.Namespace) -> None:
             size = batch_pairs_for(dataset, training.batch_options(1), args.pairs)
         training.per_device_train_batch_size = size
         training.mini_batch_size = None if args.system == "store" else args.mini_batch_size
-        training.gradcache = args.system == "gradcache"
+        training.gradcache = args.system in ("gradcache", "gradcache-pairs")
         training.max_steps, training.logging_steps = args.steps + 1, 1
         training.head_warmup_steps, training.load_best_model_at_end = 0, False
         training.save_strategy = training.eval_strategy = "no"
         training.report_to, training.disable_tqdm = "none", True
         times = trainer_steps(model, split, training, args.store, args.steps)
-    content = {"batch_pairs": size, "times": asdict(times)}
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    peak = product_flops(training.device, dtype)
+    content = {"batch_pairs": size, "times": asdict(times), "peak_flops": peak}
     Path(args.result).write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -189,7 +263,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
             usage = measure(command, temp_dir, limits, cwd=Path(__file__).parents[1])
             saved = {} if usage.failure else json.loads(result.read_text(encoding="utf-8"))
             times = StepTimes(**saved["times"]) if saved else None
-            runs.append(Run(system, saved.get("batch_pairs", args.pairs), usage, times))
+            runs.append(Run(system, saved.get("batch_pairs", args.pairs), usage, times, saved.get("peak_flops")))
     return runs
 
 
@@ -215,6 +289,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
         "Notes/s",
         "Pairs/s",
         "Ratio",
+        "Share of peak",
         "Peak memory (GB)",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -223,14 +298,16 @@ def markdown_table(runs: Sequence[Run]) -> str:
         done = [(run, run.times) for run in some if run.times is not None]
         if len(done) < len(some):
             failure = next(run.usage.failure for run in some if run.times is None)
-            lines.append(f"| {system} | {len(some)} | {failure} | | | | | | |")
+            lines.append(f"| {system} | {len(some)} | {failure} |" + " |" * (len(heads) - 3))
             continue
         step = median(median(times.seconds) for _run, times in done)
         notes, pairs = done[0][1].notes, done[0][1].pairs
         first = first or pairs / step
-        memory = median(run.usage.peak_memory_gb for run, _times in done)
+        on_device = [times.device_memory_gb for _run, times in done if times.device_memory_gb is not None]
+        memory = median(on_device or [run.usage.peak_memory_gb for run, _times in done])
+        share = median(times.flops / run.peak_flops for run, times in done if run.peak_flops)
         cells = [system, str(len(some)), f"{notes:.0f}", f"{pairs:.1f}", f"{step:.2f}", f"{notes / step:.2f}"]
-        cells += [f"{pairs / step:.2f}", f"{pairs / step / first:.2f}", f"{memory:.2f}"]
+        cells += [f"{pairs / step:.2f}", f"{pairs / step / first:.2f}", f"{share:.0%}", f"{memory:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -255,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--pairs", type=int, default=32, help="pairs learned from a step (graph batches: about so many)"
     )
-    parser.add_argument("--mini-batch-size", type=int, default=16, help="of lengths, graph and gradcache")
+    parser.add_argument("--mini-batch-size", type=int, default=16, help="of lengths and what comes after it")
     parser.add_argument("--steps", type=int, default=6, help="steps that are timed, after one that is not")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each system, in turns; the table has medians")
     parser.add_argument("--splits", help="folder of python -m pairs.split (default: the recipe's own splits)")

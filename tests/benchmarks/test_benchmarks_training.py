@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from benchmarks import graph_batches, train_step
 from benchmarks.measure import Usage
-from benchmarks.train_step import Run, StepTimes, batch_pairs_for, markdown_table
+from benchmarks.train_step import FlopCounter, Run, StepTimes, batch_pairs_for, markdown_table
 from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
 from pairs.query import PairOptions
 from pairs.simulate import SimulationOptions, simulate
@@ -44,7 +45,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "recipe.yaml", folder / "splits"
 
 
-@pytest.mark.parametrize("system", ["official", "store", "lengths", "graph", "gradcache"])
+@pytest.mark.parametrize("system", ["official", "store", "lengths", "gradcache-pairs", "graph", "gradcache"])
 def test_every_system_makes_its_steps(system: str, recipe: tuple[Path, Path], tmp_path: Path):
     config, splits = recipe
     result = tmp_path / "result.json"
@@ -67,9 +68,10 @@ def test_every_system_makes_its_steps(system: str, recipe: tuple[Path, Path], tm
     content = json.loads(result.read_text())
     times = content["times"]
     assert len(times["seconds"]) == 3 and min(times["seconds"]) > 0
+    assert 0 < times["flops"] < content["peak_flops"]
     if system == "official":
         assert (times["notes"], times["pairs"]) == (24, 12)
-    elif system in ("store", "lengths"):
+    elif system in ("store", "lengths", "gradcache-pairs"):
         assert times["pairs"] == pytest.approx(12, abs=0.1) and times["notes"] < 24
     else:
         assert times["pairs"] == pytest.approx(12, rel=1.0) and content["batch_pairs"] < 12
@@ -84,7 +86,7 @@ def test_graph_batches_of_so_many_pairs(recipe: tuple[Path, Path]):
 
 def test_the_table_has_medians_and_says_what_failed():
     def run(system: str, seconds: list[float], pairs: float, memory: float) -> Run:
-        return Run(system, 8, Usage(9.0, memory, 0.0, None), StepTimes(seconds, 16.0, pairs))
+        return Run(system, 8, Usage(9.0, memory, 0.0, None), StepTimes(seconds, 16.0, pairs, 5e9, None), 2e10)
 
     runs = [
         run("official", [2.0, 4.0, 9.0], 8.0, 1.0),
@@ -93,9 +95,16 @@ def test_the_table_has_medians_and_says_what_failed():
         Run("store", 8, Usage(9.0, 9.0, 0.0, "out of memory"), None),
     ]
     _heads, _rule, official, graph, store = markdown_table(runs).splitlines()
-    assert official == "| official | 2 | 16 | 8.0 | 5.00 | 3.20 | 1.60 | 1.00 | 2.00 |"
-    assert graph == "| graph | 1 | 16 | 9.0 | 1.00 | 16.00 | 9.00 | 5.62 | 2.00 |"
+    assert official == "| official | 2 | 16 | 8.0 | 5.00 | 3.20 | 1.60 | 1.00 | 25% | 2.00 |"
+    assert graph == "| graph | 1 | 16 | 9.0 | 1.00 | 16.00 | 9.00 | 5.62 | 25% | 2.00 |"
     assert "out of memory" in store
+
+
+def test_products_are_counted_forward_and_backward():
+    left, right = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    with FlopCounter() as counter:
+        (left @ right).sum().backward()
+    assert counter.total == 3 * 2 * 3 * 4 * 5
 
 
 def test_recall_by_encoded_notes(recipe: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
