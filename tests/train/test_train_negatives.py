@@ -53,7 +53,9 @@ def test_finds_the_most_similar_that_are_not_related(
                 some_at_ceiling = True
             else:
                 allowed.append(int(other))
-        assert found[note].tolist() == allowed[:4]
+        # By similarity, not by name: two notes that differ in the last bit may stand either way around.
+        assert set(found[note].tolist()) <= set(allowed) and len(set(found[note].tolist())) == 4
+        np.testing.assert_allclose(similar[note, found[note]], similar[note, allowed[:4]], atol=1e-6)
     assert some_at_ceiling and some_related  # control: without the rules the lists would be others
 
 
@@ -85,7 +87,13 @@ def test_processes_share_the_work(splits_folder: Path, backbones: tiny.Backbones
     reader = NoteReader(dataset.notes, model.processor)
     alone = mine_hard_negatives(model, reader, dataset.related, 4, 1.0, show_progress_bar=False)
     saved = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
-    assert all((part["found"] == alone).all() for part in saved) and len(np.unique(alone)) > 20
+    assert (saved[0]["found"] == saved[1]["found"]).all() and len(np.unique(alone)) > 20
+    embeds = model.encode(list(dataset.notes))
+    notes = np.arange(len(embeds))[:, None]
+    similar = embeds @ embeds.T
+    # Rounding depends on who shares a batch: equally similar notes may change places.
+    np.testing.assert_allclose(similar[notes, saved[0]["found"]], similar[notes, alone], atol=1e-6)
+    assert np.abs(similar[notes, np.roll(alone, 1, axis=0)] - similar[notes, alone]).max() > 1e-3  # control
     assert [int(part["encoded"]) for part in saved] == [
         len(dataset.notes) - len(dataset.notes) // 2,
         len(dataset.notes) // 2,
