@@ -1,141 +1,272 @@
 """Retrieval metrics, exact, by rank counting.
 
-Every note with at least one related note is a query; its pool is all other notes. Nothing is sorted: the rank of a
-related note is one more than the number of pool notes placed before it, which are those with a higher score, and those
-with an equal score and a lower position. So ties always resolve the same way, K may exceed the pool, and memory is one
-chunk of scores, whatever the number of notes.
+Every note with at least one related note is a query; its pool is all other notes, or those that are candidates. Nothing
+is sorted: the rank of a related note is one more than the number of notes of the pool placed before it, which are those
+with a higher score, and those with an equal score and a lower position. So ties always resolve the same way, K may
+exceed the pool, and memory is one tile of scores, whatever the number of notes.
+
+`rank_related` does the work once; every metric, of all queries or of some, is read off the ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 ScoreFunction = Callable[[int, int], np.ndarray]
 """`score(start, stop)` gives the scores of notes start..stop-1 against all N notes, (stop - start, N) floats."""
+
+TILE_COLUMNS = 4096
+"""Notes of the pool that a chunk of queries is compared with at a time: a tile of scores has to stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where the related notes of the queries were found: one entry for each of P pairs of a query and a related note.
+
+    Attributes:
+        query: (P,) int64, positions of the queries, ascending.
+        target: (P,) int64, position of the related note.
+        rank: (P,) int64, its place in the query's pool, from 1.
+        pool: (P,) int64, how many notes the pool holds.
+    """
+
+    query: np.ndarray
+    target: np.ndarray
+    rank: np.ndarray
+    pool: np.ndarray
+
+    @property
+    def queries(self) -> np.ndarray:
+        """(Q,) int64, the positions of the queries, each once, ascending: the order of `metrics_per_query`."""
+        return np.unique(self.query)
+
+    def select(self, pairs: np.ndarray) -> "Ranks":
+        """The ranks of some pairs alone, by a (P,) bool mask: a slice of the evaluation. The pools stay whole."""
+        return Ranks(self.query[pairs], self.target[pairs], self.rank[pairs], self.pool[pairs])
 
 
 def retrieval_metrics(
     score: np.ndarray | ScoreFunction,
     related: Sequence[np.ndarray],
     ks: Sequence[int] = (10, 100),
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
+    candidates: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Mean Recall@K, NDCG@K and MRR over all queries: the averages of `per_query_metrics`, which see for arguments.
+    """Mean Recall@K, NDCG@K, hit rate@K and MRR over all queries: `mean_metrics` of `rank_related`.
 
     Returns:
-        `{"recall@10": …, "ndcg@10": …, …, "mrr": …}`, each in [0, 1].
+        `{"recall@10": …, "ndcg@10": …, "hit_rate@10": …, …, "mrr": …}`, each in [0, 1].
 
     >>> embeds = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     >>> retrieval_metrics(embeds, [np.array([2]), np.array([0]), np.array([])], ks=(1,))
-    {'recall@1': 0.5, 'ndcg@1': 0.5, 'mrr': 0.75}
+    {'recall@1': 0.5, 'ndcg@1': 0.5, 'hit_rate@1': 0.5, 'mrr': 0.75}
     """
-    return {name: float(values.mean()) for name, values in per_query_metrics(score, related, ks, chunk_size).items()}
+    _check_ks(ks)
+    return mean_metrics(rank_related(score, related, candidates, chunk_size), ks)
 
 
-def per_query_metrics(
+def mean_metrics(ranks: Ranks, ks: Sequence[int] = (10, 100)) -> dict[str, float]:
+    """The means of `metrics_per_query` over the queries."""
+    return {name: float(values.mean()) for name, values in metrics_per_query(ranks, ks).items()}
+
+
+def metrics_per_query(ranks: Ranks, ks: Sequence[int] = (10, 100)) -> dict[str, np.ndarray]:
+    """Recall@K, NDCG@K, hit rate@K and the reciprocal rank of each query, in the order of `ranks.queries`.
+
+    Recall@K is hits / number of related notes; hit rate@K is 1 where there is a hit. NDCG@K has binary gains and the
+    discount 1 / log2(rank + 1), divided by its value when min(K, number of related notes) related notes come first
+    (Järvelin and Kekäläinen, 2002, https://doi.org/10.1145/582415.582418). The reciprocal rank is that of the first
+    related note, without a cut.
+
+    Returns:
+        `{"recall@10": (Q,) float64, …, "mrr": (Q,) float64}`.
+
+    Raises:
+        ValueError: a K is below 1 or given twice; there is no pair.
+    """
+    _check_ks(ks)
+    if not len(ranks.query):
+        raise ValueError("there is no pair of a query and a related note to measure.")
+    _, place, sizes = np.unique(ranks.query, return_inverse=True, return_counts=True)
+    values: dict[str, np.ndarray] = {}
+    ideals = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, sizes.max() + 2)))])
+    for k in ks:
+        hit = ranks.rank <= k
+        hits = np.bincount(place, weights=hit, minlength=len(sizes))
+        gains = np.bincount(place, weights=hit / np.log2(ranks.rank + 1), minlength=len(sizes))
+        values[f"recall@{k}"] = hits / sizes
+        values[f"ndcg@{k}"] = gains / ideals[np.minimum(k, sizes)]
+        values[f"hit_rate@{k}"] = (hits > 0).astype(np.float64)
+    first = np.full(len(sizes), np.iinfo(np.int64).max)
+    np.minimum.at(first, place, ranks.rank)
+    values["mrr"] = 1 / first
+    return values
+
+
+def rank_related(
     score: np.ndarray | ScoreFunction,
     related: Sequence[np.ndarray],
-    ks: Sequence[int] = (10, 100),
-    chunk_size: int = 1024,
-) -> dict[str, np.ndarray]:
-    """Recall@K, NDCG@K and the reciprocal rank of each query, in the order of the notes.
-
-    Recall@K is hits / number of related notes. NDCG@K has binary gains and the discount 1 / log2(rank + 1), divided by
-    its value when min(K, number of related notes) related notes come first (Järvelin and Kekäläinen, 2002,
-    https://doi.org/10.1145/582415.582418). The reciprocal rank is that of the first related note, without a cut.
+    candidates: np.ndarray | None = None,
+    chunk_size: int = 256,
+) -> Ranks:
+    """Find the rank of every related note of every query, exactly, without sorting.
 
     Args:
         score: (N, D) float embeddings, compared by their dot product (so normalise them for the cosine), or a function
-            that gives the scores of a range of notes.
+            that gives the scores of a range of notes. Embeddings are compared in tiles of float32 products; whatever
+            lies too near to the related note's score for float32 to tell is compared again by the float64 product
+            rounded to float32, which does not depend on tiles.
         related: for each of the N notes the positions of its related notes, integers; may be empty.
-        ks: cuts, each at least 1.
-        chunk_size: notes scored at once; memory is about `chunk_size * N * 12` bytes.
-
-    Returns:
-        `{"recall@10": (Q,) float64, …, "mrr": (Q,) float64}` for the Q notes with a related note.
+        candidates: (N,) bool, the notes that pools are made of. Default: all.
+        chunk_size: queries scored at once. Memory is `chunk_size` times `TILE_COLUMNS` numbers a few times over for
+            embeddings, `chunk_size` times N for a function.
 
     Raises:
-        ValueError: if a position is out of range, repeated or the note itself, if no note has a related note, if a K
-            or the chunk size is below 1, or if scores are NaN or of the wrong shape.
+        ValueError: a position is out of range, repeated, the note itself or no candidate; no note has a related note;
+            the chunk size is below 1; scores are NaN or of the wrong shape.
     """
-    _check_ks(ks)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    related = _checked_related(related)
-    score_function = _dot_products(score, len(related)) if isinstance(score, np.ndarray) else score
-    per_query = [
-        _query_metrics(ranks, ks) for ranks in _ranks_of_related(score_function, related, chunk_size)
-    ]  # a list of Q dicts
-    return {name: np.array([values[name] for values in per_query]) for name in metric_names(ks)}
+    related = _checked_related(related, candidates)
+    sizes = np.array([len(positions) for positions in related])
+    query = np.repeat(np.arange(len(related)), sizes)
+    target = np.concatenate([positions for positions in related if len(positions)])
+    is_candidate = np.ones(len(related), dtype=bool) if candidates is None else candidates
+    if isinstance(score, np.ndarray):
+        rank = _ranks_of_embeds(score, query, target, is_candidate, chunk_size)
+    else:
+        rank = _ranks_of_scores(score, query, target, is_candidate, chunk_size)
+    return Ranks(query, target, rank, int(is_candidate.sum()) - is_candidate[query].astype(np.int64))
 
 
-def chance_metrics(related: Sequence[np.ndarray], ks: Sequence[int] = (10, 100)) -> dict[str, float]:
+def chance_metrics(
+    related: Sequence[np.ndarray], ks: Sequence[int] = (10, 100), candidates: np.ndarray | None = None
+) -> dict[str, float]:
     """The exact expectation of `retrieval_metrics` when each pool is in uniformly random order.
 
-    With M = N - 1 notes in the pool and R of them related: E[Recall@K] = min(K, M) / M. Each rank holds a related note
-    with probability R / M, so E[NDCG@K] = R / M * (discounts of the first min(K, M) ranks) / ideal. The first related
-    note has rank k with probability C(M - k, R - 1) / C(M, R), which gives E[MRR].
+    With M notes in the pool and R of them related: E[Recall@K] = min(K, M) / M. Each rank holds a related note with
+    probability R / M, so E[NDCG@K] = R / M * (discounts of the first min(K, M) ranks) / ideal. No related note is among
+    the first K with probability C(M - K, R) / C(M, R), which gives the hit rate, and the first one has rank k with
+    probability C(M - k, R - 1) / C(M, R), which gives E[MRR].
 
     >>> chance_metrics([np.array([1]), np.array([0]), np.array([])], ks=(1,))
-    {'recall@1': 0.5, 'ndcg@1': 0.5, 'mrr': 0.75}
+    {'recall@1': 0.5, 'ndcg@1': 0.5, 'hit_rate@1': 0.5, 'mrr': 0.75}
     """
     _check_ks(ks)
-    related = _checked_related(related)
-    pool = len(related) - 1
-    sizes, queries = np.unique([len(positions) for positions in related if len(positions)], return_counts=True)
+    related = _checked_related(related, candidates)
+    is_candidate = np.ones(len(related), dtype=bool) if candidates is None else candidates
+    pools = is_candidate.sum() - is_candidate
+    kinds = [(int(pools[query]), len(positions)) for query, positions in enumerate(related) if len(positions)]
     expected: dict[str, float] = dict.fromkeys(metric_names(ks), 0.0)
-    for size, weight in zip(sizes.tolist(), (queries / queries.sum()).tolist(), strict=True):
+    for (pool, size), count in zip(*np.unique(kinds, axis=0, return_counts=True), strict=True):
+        weight = count / len(kinds)
         for k in ks:
-            expected[f"recall@{k}"] += weight * min(k, pool) / pool
-            expected[f"ndcg@{k}"] += weight * size / pool * _ideal_dcg(min(k, pool)) / _ideal_dcg(min(k, size))
-        expected["mrr"] += weight * _expected_reciprocal_rank(pool, size)
-    return expected
+            cut = min(k, pool)
+            expected[f"recall@{k}"] += weight * cut / pool
+            expected[f"ndcg@{k}"] += weight * size / pool * _ideal_dcg(cut) / _ideal_dcg(min(k, size))
+            missed = np.clip(1 - cut / (pool - np.arange(size)), 0, 1).prod()
+            expected[f"hit_rate@{k}"] += weight * (1 - missed)
+        expected["mrr"] += weight * _expected_reciprocal_rank(int(pool), int(size))
+    return {name: float(value) for name, value in expected.items()}
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
     """The keys of the metrics, in the order in which tables show them."""
-    return [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + ["mrr"]
+    return [f"{name}@{k}" for k in ks for name in ("recall", "ndcg", "hit_rate")] + ["mrr"]
 
 
-def _ranks_of_related(score: ScoreFunction, related: Sequence[np.ndarray], chunk_size: int) -> Iterator[np.ndarray]:
-    """Yield for each query the 1-based ranks (R,) of its R related notes in its pool."""
-    num_notes = len(related)
-    starts = range(0, num_notes, chunk_size)
-    for start in tqdm(starts, desc="Ranking", unit="chunk", disable=len(starts) < 2, leave=False):
-        stop = min(start + chunk_size, num_notes)
-        queries = [query for query in range(start, stop) if len(related[query])]
-        if not queries:
-            continue
+def _ranks_of_embeds(
+    embeds: np.ndarray, query: np.ndarray, target: np.ndarray, is_candidate: np.ndarray, chunk_size: int
+) -> np.ndarray:
+    """(P,) ranks by the dot product of (N, D) embeddings."""
+    if embeds.ndim != 2 or len(embeds) != len(is_candidate):
+        raise ValueError(
+            f"score has shape {embeds.shape}, expected ({len(is_candidate)}, D): one embedding for each entry of "
+            "related."
+        )
+    finite = np.isfinite(embeds).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"The embedding of note {int(finite.argmin())} contains NaN or infinity: check it before evaluating."
+        )
+    vectors = torch.from_numpy(np.ascontiguousarray(embeds, dtype=np.float32))
+    columns = torch.from_numpy(np.flatnonzero(is_candidate))
+    pool = vectors if len(columns) == len(vectors) else vectors[columns]
+    # Rounding moves a float32 product of D terms by no more than D + 4 half-units in the last place of |a| · |b|.
+    error = (vectors.shape[1] + 4) * 2.0**-24 * vectors.norm(dim=1) * pool.norm(dim=1).max()
+    queries, places = np.unique(query, return_inverse=True)
+    edges = np.searchsorted(places, np.arange(0, len(queries) + chunk_size, chunk_size))  # pairs of each chunk
+    rank = np.empty(len(query), dtype=np.int64)
+    starts = range(0, len(queries), chunk_size)
+    for chunk, start in enumerate(tqdm(starts, desc="Ranking", unit="chunk", disable=len(starts) < 64, leave=False)):
+        pairs = slice(edges[chunk], edges[chunk + 1])
+        rows = torch.from_numpy(queries[start : start + chunk_size])
+        row_of = torch.from_numpy(places[pairs] - start)  # pair ─► row of the tile
+        own, wanted = torch.from_numpy(query[pairs]), torch.from_numpy(target[pairs])
+        value = _exact_products(vectors, own, wanted)
+        before = torch.zeros(len(own), dtype=torch.int64)
+        for first in range(0, len(columns), TILE_COLUMNS):
+            some = columns[first : first + TILE_COLUMNS]
+            tile = vectors[rows] @ pool[first : first + TILE_COLUMNS].T
+            place = torch.searchsorted(some, rows)
+            inside = torch.where(place < len(some), some[place.clamp(max=len(some) - 1)] == rows, False)
+            tile[inside, place[inside]] = -torch.inf  # the query leaves its own pool
+            for part in torch.arange(len(own)).split(chunk_size):
+                distance = tile[row_of[part]] - value[part, None]
+                bound = error[own[part], None]
+                before[part] += (distance > bound).sum(1)
+                pair, column = (distance.abs_() <= bound).nonzero(as_tuple=True)
+                pair = part[pair]
+                exact, other = _exact_products(vectors, own[pair], some[column]), some[column]
+                ahead = (exact > value[pair]) | ((exact == value[pair]) & (other < wanted[pair]))
+                before.index_add_(0, pair, ahead.long())
+        rank[pairs] = (before + 1).numpy()
+    return rank
+
+
+def _exact_products(vectors: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(P,) float32: the float64 dot products of pairs of vectors, rounded, so that equal vectors have equal products."""
+    parts = zip(rows.split(2**16), columns.split(2**16), strict=True)
+    products = [(vectors[some].double() * vectors[others].double()).sum(1).float() for some, others in parts]
+    return torch.cat(products) if products else vectors.new_empty(0)
+
+
+def _ranks_of_scores(
+    score: ScoreFunction, query: np.ndarray, target: np.ndarray, is_candidate: np.ndarray, chunk_size: int
+) -> np.ndarray:
+    """(P,) ranks by a function's scores."""
+    num_notes = len(is_candidate)
+    rank = np.empty(len(query), dtype=np.int64)
+    for start, stop, pairs in _chunks(query, num_notes, chunk_size):
         scores = score(start, stop)  # (stop - start, N)
         if scores.shape != (stop - start, num_notes):
             raise ValueError(
                 f"score({start}, {stop}) has shape {scores.shape}, expected {(stop - start, num_notes)}: "
                 "give a score for every pair of notes."
             )
-        for query in queries:
-            row = scores[query - start]
+        for pair in range(pairs.start, pairs.stop):
+            note, position = int(query[pair]), int(target[pair])
+            row = scores[note - start]
             if np.isnan(row).any():
-                raise ValueError(f"The scores of note {query} contain NaN: check its embedding before evaluating.")
-            # The query leaves its own pool; the positions behind it move up by one.
-            pool = np.delete(row, query)  # (N - 1,)
-            positions = related[query] - (related[query] > query)
-            yield np.array([_rank(pool, position) for position in positions.tolist()])
+                raise ValueError(f"The scores of note {note} contain NaN: check its embedding before evaluating.")
+            ahead = row > row[position]
+            ahead[:position] |= row[:position] == row[position]
+            ahead[note] = False  # the query leaves its own pool
+            rank[pair] = 1 + np.count_nonzero(ahead & is_candidate)
+    return rank
 
 
-def _rank(pool: np.ndarray, position: int) -> int:
-    value = pool[position]
-    return 1 + int(np.count_nonzero(pool > value)) + int(np.count_nonzero(pool[:position] == value))
-
-
-def _query_metrics(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    values = {}
-    for k in ks:
-        hits = ranks[ranks <= k]
-        values[f"recall@{k}"] = len(hits) / len(ranks)
-        values[f"ndcg@{k}"] = float(np.sum(1 / np.log2(hits + 1))) / _ideal_dcg(min(k, len(ranks)))
-    values["mrr"] = 1 / int(ranks.min())
-    return values
+def _chunks(query: np.ndarray, num_notes: int, chunk_size: int) -> Iterator[tuple[int, int, slice]]:
+    """Ranges of notes that hold a query, with the pairs of their queries."""
+    starts = range(0, num_notes, chunk_size)
+    for start in tqdm(starts, desc="Ranking", unit="chunk", disable=len(starts) < 64, leave=False):
+        stop = min(start + chunk_size, num_notes)
+        first, last = np.searchsorted(query, (start, stop))
+        if last > first:
+            yield start, stop, slice(int(first), int(last))
 
 
 def _ideal_dcg(count: int) -> float:
@@ -151,24 +282,18 @@ def _expected_reciprocal_rank(pool: int, size: int) -> float:
     return float(np.sum(probabilities / ranks))
 
 
-def _dot_products(embeds: np.ndarray, num_notes: int) -> ScoreFunction:
-    if embeds.ndim != 2 or len(embeds) != num_notes:
-        raise ValueError(
-            f"score has shape {embeds.shape}, expected ({num_notes}, D): one embedding for each entry of related."
-        )
-    # Float32 products of equal embeddings can differ in the last bit with their place in the matrix. Rounding float64
-    # products to float32 makes them equal, so that ties, and with them the metrics, do not depend on chunk_size.
-    exact = embeds.astype(np.float64)
-    return lambda start, stop: (exact[start:stop] @ exact.T).astype(np.float32)
-
-
 def _check_ks(ks: Sequence[int]) -> None:
     if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
         raise ValueError(f"ks must be distinct integers of at least 1, got {list(ks)}.")
 
 
-def _checked_related(related: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _checked_related(related: Sequence[np.ndarray], candidates: np.ndarray | None) -> list[np.ndarray]:
     checked = [np.asarray(positions, dtype=np.int64) for positions in related]
+    if candidates is not None and (candidates.shape != (len(checked),) or candidates.dtype != bool):
+        raise ValueError(
+            f"candidates has shape {candidates.shape} and dtype {candidates.dtype}, expected ({len(checked)},) bool: "
+            "one entry for each note."
+        )
     for query, positions in enumerate(checked):
         if len(positions) == 0:
             continue
@@ -183,6 +308,23 @@ def _checked_related(related: Sequence[np.ndarray]) -> list[np.ndarray]:
             raise ValueError(
                 f"related[{query}] = {positions.tolist()} names the note itself or a note twice: remove those pairs."
             )
+        if candidates is not None and not candidates[positions].all():
+            raise ValueError(
+                f"related[{query}] = {positions.tolist()} names a note that is no candidate and could not be found: "
+                "remove the pair, or make the note a candidate."
+            )
     if not any(len(positions) for positions in checked):
         raise ValueError("related has no related note at all: check that the pairs' note ids occur among the notes.")
     return checked
+
+
+__all__ = [
+    "Ranks",
+    "ScoreFunction",
+    "chance_metrics",
+    "mean_metrics",
+    "metric_names",
+    "metrics_per_query",
+    "rank_related",
+    "retrieval_metrics",
+]

@@ -164,6 +164,26 @@ def related_indices(
     Raises:
         ValueError: a duplicate in `note_ids`, or an unknown note in `pairs` while `missing` is "error".
     """
+    positions, rank = pair_positions(note_ids, pairs, missing=missing)
+    order = np.lexsort((rank, positions[:, 0]))
+    ends = np.cumsum(np.bincount(positions[:, 0], minlength=len(note_ids)))
+    return np.split(positions[order, 1], ends[:-1]) if len(note_ids) else []
+
+
+def pair_positions(
+    note_ids: Sequence[str], pairs: Dataset, *, missing: Literal["error", "drop"] = "error"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of a table as positions in `note_ids`, in the order of the table.
+
+    Args:
+        note_ids, pairs, missing: as in `related_indices`.
+
+    Returns:
+        (P, 2) int64 positions of the note and its related note, and (P,) int64 ranks.
+
+    Raises:
+        ValueError: as `related_indices`.
+    """
     if missing not in ("error", "drop"):
         raise ValueError(f"missing={missing!r}: use 'error' or 'drop'.")
     _refuse_duplicates(note_ids, "note_ids")
@@ -181,9 +201,7 @@ def related_indices(
     anchor, other, rank = (
         column.filter(found).to_numpy().astype(np.int64) for column in (anchors, related, table["rank"])
     )
-    order = np.lexsort((rank, anchor))
-    ends = np.cumsum(np.bincount(anchor, minlength=len(note_ids)))
-    return np.split(other[order], ends[:-1]) if len(note_ids) else []
+    return np.stack([anchor, other], axis=1), rank
 
 
 def is_url(reference: str) -> bool:

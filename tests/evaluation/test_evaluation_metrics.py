@@ -6,7 +6,16 @@ from functools import partial
 import numpy as np
 import pytest
 
-from evaluation.metrics import chance_metrics, metric_names, per_query_metrics, retrieval_metrics
+from evaluation import metrics
+from evaluation.metrics import (
+    Ranks,
+    chance_metrics,
+    mean_metrics,
+    metric_names,
+    metrics_per_query,
+    rank_related,
+    retrieval_metrics,
+)
 
 
 def random_graph(num_notes: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -24,13 +33,15 @@ def rows(scores: np.ndarray, start: int, stop: int) -> np.ndarray:
     return scores[start:stop]
 
 
-def naive_metrics(scores: np.ndarray, related: list[np.ndarray], ks: tuple[int, ...]) -> dict[str, float]:
+def naive_metrics(
+    scores: np.ndarray, related: list[np.ndarray], ks: tuple[int, ...], candidates: np.ndarray | None = None
+) -> dict[str, float]:
     """By sorting the pool: descending score, then ascending position."""
     values: dict[str, list[float]] = {name: [] for name in metric_names(ks)}
     for query, positions in enumerate(related):
         if len(positions) == 0:
             continue
-        pool = [note for note in range(len(related)) if note != query]
+        pool = [note for note in range(len(related)) if note != query and (candidates is None or candidates[note])]
         ranking = sorted(pool, key=lambda note: (-scores[query, note], note))
         gains = [note in set(positions.tolist()) for note in ranking]
         for k in ks:
@@ -38,6 +49,7 @@ def naive_metrics(scores: np.ndarray, related: list[np.ndarray], ks: tuple[int, 
             dcg = sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], start=1))
             ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(positions)) + 1))
             values[f"ndcg@{k}"].append(dcg / ideal)
+            values[f"hit_rate@{k}"].append(float(any(gains[:k])))
         values["mrr"].append(1 / (gains.index(True) + 1))
     return {name: float(np.mean(entries)) for name, entries in values.items()}
 
@@ -59,7 +71,7 @@ def test_equals_naive_metrics_on_scores_with_many_ties(chunk_size: int) -> None:
 def test_ties_go_to_the_lower_position_and_the_query_is_not_in_its_pool() -> None:
     scores = np.ones((4, 4), dtype=np.float32)
     related = [np.array([3]), np.array([0]), np.array([], dtype=np.int64), np.array([2, 0])]
-    per_query = per_query_metrics(partial(rows, scores), related, ks=(1, 2))
+    per_query = metrics_per_query(rank_related(partial(rows, scores), related), ks=(1, 2))
     # Ranks: note 3 is third of (1, 2, 3); note 0 first of (0, 2, 3); notes 0 and 2 first and third of (0, 1, 2).
     np.testing.assert_allclose(per_query["mrr"], [1 / 3, 1, 1])
     np.testing.assert_allclose(per_query["recall@2"], [0, 1, 0.5])
@@ -77,15 +89,94 @@ def test_embeddings_are_scored_by_dot_product_whatever_the_chunk_size() -> None:
         assert retrieval_metrics(embeds, related, (10,), chunk_size) == pytest.approx(reference, abs=1e-12)
 
 
-def test_chance_is_the_mean_over_random_orders() -> None:
+@pytest.mark.parametrize("tile", [5, 64, 4096])
+def test_tiles_of_float32_give_the_exact_ranks(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that float32 products cannot tell apart: the float64 products rounded to float32 decide, then the place."""
+    monkeypatch.setattr(metrics, "TILE_COLUMNS", tile)
+    rng = np.random.default_rng(4)
+    num_notes = 120
+    embeds = (rng.normal(size=(1, 33)) + 2e-4 * rng.normal(size=(num_notes, 33))).astype(np.float32)
+    embeds[50:60], embeds[110:] = embeds[:10], 0.0
+    related = random_graph(num_notes, rng)
+    candidates = rng.random(num_notes) < 0.8
+    related = [positions[candidates[positions]] for positions in related]
+    exact = (embeds.astype(np.float64) @ embeds.T.astype(np.float64)).astype(np.float32)
+    order = [
+        sorted((n for n in range(num_notes) if candidates[n] and n != q), key=lambda n: (-exact[q, n], n))  # noqa: B023
+        for q in range(num_notes)
+    ]
+    ranks = rank_related(embeds, related, candidates, chunk_size=7)
+    expected = [1 + order[q].index(t) for q, t in zip(ranks.query, ranks.target, strict=True)]
+    assert ranks.rank.tolist() == expected
+    assert (ranks.pool == candidates.sum() - candidates[ranks.query]).all()
+    # Control: what float32 alone says is another order.
+    rounded = (embeds @ embeds.T) if tile == 4096 else (embeds.astype(np.float16).astype(np.float32) @ embeds.T)
+    by_float32 = rank_related(lambda start, stop: rounded[start:stop], related, candidates)
+    assert by_float32.rank.tolist() != expected
+
+
+def test_candidates_make_the_pools() -> None:
+    rng = np.random.default_rng(5)
+    candidates = rng.random(40) < 0.5
+    related = [positions[candidates[positions]] for positions in random_graph(40, rng)]
+    scores = rng.integers(0, 9, size=(40, 40)).astype(np.float32)
+    measured = retrieval_metrics(partial(rows, scores), related, (1, 5), candidates=candidates)
+    assert measured == pytest.approx(naive_metrics(scores, related, (1, 5), candidates), abs=1e-12)
+    assert measured != pytest.approx(retrieval_metrics(partial(rows, scores), related, (1, 5)), abs=1e-3)
+    with pytest.raises(ValueError, match="no candidate"):
+        retrieval_metrics(np.eye(2), [np.array([1]), np.array([])], candidates=np.array([True, False]))
+    with pytest.raises(ValueError, match="candidates has shape"):
+        retrieval_metrics(np.eye(2), [np.array([1]), np.array([])], candidates=np.array([1, 1]))
+
+
+def test_equals_scikit_learn_without_ties() -> None:
+    """NDCG without a cut, over whole pools: a second, independent definition."""
+    from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
+
+    rng = np.random.default_rng(6)
+    num_notes = 50
+    related = [rng.choice(np.delete(np.arange(num_notes), q), size=1 + q % 5, replace=False) for q in range(num_notes)]
+    scores = rng.permutation(num_notes**2).reshape(num_notes, num_notes).astype(np.float64)
+    truth = np.zeros((num_notes, num_notes))
+    for query, positions in enumerate(related):
+        truth[query, positions] = 1
+    others = ~np.eye(num_notes, dtype=bool)
+    truth_of_pool, scores_of_pool = truth[others].reshape(num_notes, -1), scores[others].reshape(num_notes, -1)
+    measured = retrieval_metrics(partial(rows, scores), related, (5, 49))
+    assert measured["ndcg@49"] == pytest.approx(ndcg_score(truth_of_pool, scores_of_pool), abs=1e-12)
+    assert measured["ndcg@5"] == pytest.approx(ndcg_score(truth_of_pool, scores_of_pool, k=5), abs=1e-12)
+    one = [positions[:1] for positions in related]  # with one related note its reciprocal rank is the precision
+    single = np.zeros_like(truth)
+    single[np.arange(num_notes), [positions[0] for positions in one]] = 1
+    precision = label_ranking_average_precision_score(single[others].reshape(num_notes, -1), scores_of_pool)
+    assert retrieval_metrics(partial(rows, scores), one, (5,))["mrr"] == pytest.approx(precision, abs=1e-12)
+    assert measured["ndcg@5"] != pytest.approx(ndcg_score(truth_of_pool, -scores_of_pool, k=5), abs=1e-3)  # control
+
+
+def test_slices_are_pairs_with_whole_pools() -> None:
+    ranks = Ranks(np.array([0, 0, 2]), np.array([1, 2, 0]), np.array([3, 1, 2]), np.array([5, 5, 5]))
+    assert mean_metrics(ranks.select(np.array([True, False, True])), (2,)) == {
+        "recall@2": 0.5,
+        "ndcg@2": pytest.approx(0.5 / math.log2(3)),
+        "hit_rate@2": 0.5,
+        "mrr": pytest.approx((1 / 3 + 1 / 2) / 2),
+    }
+    assert mean_metrics(ranks, (2,))["recall@2"] == 0.75 and ranks.queries.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="no pair"):
+        mean_metrics(ranks.select(np.zeros(3, dtype=bool)))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_chance_is_the_mean_over_random_orders(share: float) -> None:
     rng = np.random.default_rng(2)
-    related = random_graph(25, rng)
+    candidates = rng.random(25) < share
+    related = [positions[candidates[positions]] for positions in random_graph(25, rng)]
     ks = (1, 5, 100)
     runs = []
     for _ in range(400):
         scores = rng.random((25, 25))
-        runs.append(retrieval_metrics(partial(rows, scores), related, ks))
-    expected = chance_metrics(related, ks)
+        runs.append(retrieval_metrics(partial(rows, scores), related, ks, candidates=candidates))
+    expected = chance_metrics(related, ks, candidates)
     assert list(expected) == metric_names(ks)
     for name, value in expected.items():
         draws = np.array([run[name] for run in runs])

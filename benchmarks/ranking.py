@@ -1,0 +1,101 @@
+"""Time and memory of the retrieval metrics on a large pool, and their exactness on a sample of the queries.
+
+    python -m benchmarks.ranking --notes 1e6 --queries 21000 --dim 64 --related 1 10
+
+Embeddings are random and of unit length; related notes are drawn at random, so that their ranks are anywhere in the
+pool. A sample of queries is ranked once more by sorting all of the pool by the float64 products rounded to float32; any
+difference ends the benchmark.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import Limits, measure
+from benchmarks.pairs import whole_number
+from evaluation.metrics import mean_metrics, rank_related
+
+SAMPLE = 50
+
+
+def run(num_notes: int, num_queries: int, dim: int, num_related: int) -> dict[str, Any]:
+    """Rank once in this process.
+
+    Returns:
+        seconds: of ranking and of the metrics; pairs: queries and related notes; checked: pairs of the sample.
+
+    Raises:
+        RuntimeError: a rank is not that of the sorted pool.
+    """
+    rng = np.random.default_rng(0)
+    embeds = rng.standard_normal((num_notes, dim), dtype=np.float32)
+    embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
+    related: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * num_notes
+    queries = np.sort(rng.choice(num_notes, num_queries, replace=False))
+    for query in queries.tolist():
+        drawn = np.unique(rng.integers(0, num_notes - 1, num_related))
+        related[query] = drawn + (drawn >= query)
+    started = time.perf_counter()
+    ranks = rank_related(embeds, related)
+    mean_metrics(ranks, (10, 100, 1000, 10_000, 100_000))
+    seconds = time.perf_counter() - started
+    exact = embeds.astype(np.float64)
+    checked = 0
+    for query in rng.choice(queries, min(SAMPLE, num_queries), replace=False).tolist():
+        scores = (exact @ exact[query]).astype(np.float32)
+        scores[query] = -np.inf
+        place = np.empty(num_notes, dtype=np.int64)
+        place[np.argsort(-scores, kind="stable")] = np.arange(1, num_notes + 1)
+        own = ranks.query == query
+        if not np.array_equal(place[ranks.target[own]], ranks.rank[own]):
+            raise RuntimeError(f"query {query}: ranks {ranks.rank[own]}, by sorting {place[ranks.target[own]]}.")
+        checked += int(own.sum())
+    return {"seconds": seconds, "pairs": len(ranks.query), "checked": checked}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranking", description=__doc__.splitlines()[0])
+    parser.add_argument("--notes", type=whole_number, default=1_000_000, help="notes of the pool")
+    parser.add_argument("--queries", type=whole_number, default=21_000)
+    parser.add_argument("--dim", type=whole_number, default=64, help="width of the embeddings")
+    parser.add_argument("--related", type=whole_number, nargs="+", default=[1, 10], help="related notes a query")
+    parser.add_argument("--memory-limit-gb", type=float, default=16.0)
+    parser.add_argument("--single", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # one run, in this process
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = build_parser().parse_args(arguments)
+    if options.single is not None:
+        found = run(options.notes, options.queries, options.dim, options.related[0])
+        options.single.write_text(json.dumps(found), encoding="utf-8")
+        return
+    lines = ["| Notes | Queries | Related | Time (s) | Peak memory (GB) | Checked pairs |", "|--:|--:|--:|--:|--:|--:|"]
+    for num_related in options.related:
+        with tempfile.TemporaryDirectory() as temp:
+            file = Path(temp) / "result.json"
+            settings = [f"--notes={options.notes}", f"--queries={options.queries}", f"--dim={options.dim}"]
+            command = [sys.executable, "-m", "benchmarks.ranking", *settings, f"--related={num_related}"]
+            usage = measure([*command, "--single", str(file)], temp, Limits(options.memory_limit_gb, 3600))
+            if usage.failure:
+                raise SystemExit(f"{subprocess.list2cmdline(command)}: {usage.failure}")
+            found = json.loads(file.read_text(encoding="utf-8"))
+        lines.append(
+            f"| {options.notes:,} | {options.queries:,} | {num_related} | {found['seconds']:.1f} "
+            f"| {usage.peak_memory_gb:.2f} | {found['checked']} |"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
