@@ -47,7 +47,9 @@ class Study:
             if splits is None:
                 prepare_data(data, Path(folder))
             train, test = (load_split(splits or f"{folder}/data", name) for name in ("train", "test"))
-            self.model: NoteLLM2Model = compose(composition)
+            model = compose(composition)
+            assert isinstance(model, NoteLLM2Model)
+            self.model = model
             self.dataset = PairDataset(*train)
             self.states = {
                 name: self._states(split.notes, folder) for name, split in (("train", train), ("test", test))

@@ -220,6 +220,7 @@ def run_system(args: argparse.Namespace) -> None:
     set_seed(0)
     split = load_split(args.splits, "train")
     model = compose(composition)
+    assert isinstance(model, NoteLLM2Model)
     dataset = PairDataset(*split)
     size = args.pairs
     if args.system == "official":

@@ -228,7 +228,7 @@ def _ranks_of_embeds(
 
 
 def _exact_products(vectors: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(P,) float32: the float64 dot products of pairs of vectors, rounded, so that equal vectors have equal products."""
+    """(P,) float32: the float64 dot products of pairs of vectors, rounded: equal vectors have equal products."""
     parts = zip(rows.split(2**16), columns.split(2**16), strict=True)
     products = [(vectors[some].double() * vectors[others].double()).sum(1).float() for some, others in parts]
     return torch.cat(products) if products else vectors.new_empty(0)

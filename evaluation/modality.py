@@ -1,21 +1,49 @@
-"""What a model finds with the text alone, with the image alone, and with both.
+"""What a model finds with the text alone, with the image alone, and with both; and how far it relies on each.
 
 A model that scores the same without its images neglects them. A note needs text or image, so one that is left with
 neither cannot be encoded: its embedding is zero, it scores 0 against every note and so finds and is found by chance
 of its position only. Such notes stay in the pool and among the queries, so that all modalities answer the same
 questions, and the report counts them.
+
+`reliance` also gives notes what belongs to others. A modality is *shuffled* where every note has another note's, in
+the queries and in the pool: what the other modality still finds beside it. It is *swapped* where the query alone has
+another note's, and the pool is intact: the query then finds what is related to the one or to the other, whichever it
+follows.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
-from evaluation.baselines import note_text
+from evaluation.lexical import note_text
+from evaluation.metrics import Ranks, ScoreFunction, chance_metrics, metrics_per_query, rank_related
+from evaluation.report import Table
+from evaluation.significance import PairedTest, bootstrap_interval, paired_test
+from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2.processing_notellm2 import TEXT_FIELDS
+from train.data import NoteReader
 from train.features import VisionFeatureTable
+from train.states import WINDOW_BATCHES, NoteStateTable
+
+if TYPE_CHECKING:  # matplotlib is an extra
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 Modality = Literal["both", "text", "image"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
+CONDITIONS = (*MODALITIES, "image shuffled", "text shuffled", "image swapped", "text swapped")
+ALL_PAIRS = "all"
+"""The slice of all pairs."""
+
+NEGLIGIBLE = 0.05
+"""A relative change of a metric that does not matter."""
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 class NoteEncoder(Protocol):
@@ -44,7 +72,7 @@ def with_modality(notes: Iterable[Mapping[str, Any]], modality: Modality) -> lis
     >>> with_modality([{"note_id": "a", "title": "Vase", "image": "a.jpg"}], "image")
     [{'note_id': 'a', 'image': 'a.jpg'}]
     """
-    dropped = {"both": set(), "text": {"image"}, "image": {"title", "topics", "content"}}
+    dropped = {"both": set(), "text": {"image"}, "image": set(TEXT_FIELDS)}
     if modality not in dropped:
         raise ValueError(f"modality is {modality!r}: choose one of {', '.join(MODALITIES)}.")
     return [{name: value for name, value in note.items() if name not in dropped[modality]} for note in notes]
@@ -71,18 +99,489 @@ def encode_with_modality(
         ValueError: if no note has this modality.
     """
     reduced = with_modality(notes, modality)
-    present = [position for position, note in enumerate(reduced) if not is_blank(note)]
-    if not present:
+    num_blank = sum(map(is_blank, reduced))
+    if num_blank == len(reduced):
         raise ValueError(
             f"No note has anything left with modality {modality!r}: evaluate other modalities, or check the table's "
             "columns title, topics, content and image."
         )
+    return _encode(model, reduced, batch_size, vision_features), num_blank
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What S queries find that have a modality of another note, in place of their own, among intact notes.
+
+    The two notes that a query is made of are not in its pool. Queries that would have nothing to find of one of the two
+    are left out.
+
+    Attributes:
+        own: metric name to (S,) float64, of the related notes of the query's own note.
+        other: the same of the related notes of the note that the modality is from.
+    """
+
+    own: dict[str, np.ndarray]
+    other: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """How far a model relies on text and on images.
+
+    Attributes:
+        metric: the metric that the conclusion is about, Recall at the first K.
+        per_query: slice ─► condition ─► metric name ─► (Q,) float64, the same queries in the same order for all
+            conditions of a slice. The first slice, `ALL_PAIRS`, is the whole.
+        chance: metric name to what a random order of the pools is expected to reach.
+        swaps: "image" and "text" ─► whom the queries follow; lacks one that leaves no query.
+        fusion_weights: (M,) float32, the weight of the image in each of the M notes that have one, in their order, the
+            mean over the dimensions for the vector gate; None for a model without late fusion.
+        blank_notes: for each of `MODALITIES` how many notes it leaves with nothing.
+        conclusion: plain sentences, that on images first.
+    """
+
+    metric: str
+    per_query: dict[str, dict[str, dict[str, np.ndarray]]]
+    chance: dict[str, float]
+    swaps: dict[str, Swap]
+    fusion_weights: np.ndarray | None
+    blank_notes: dict[str, int]
+    conclusion: list[str]
+
+    def metrics(self, condition: str, part: str = ALL_PAIRS) -> dict[str, float]:
+        """The means over the queries of a slice."""
+        return {name: float(values.mean()) for name, values in self.per_query[part][condition].items()}
+
+    def change(self, condition: str, part: str = ALL_PAIRS, metric: str | None = None) -> PairedTest:
+        """The condition minus "both", query by query; of `self.metric` unless another one is named."""
+        values = self.per_query[part]
+        name = metric or self.metric
+        return paired_test(values[condition][name], values["both"][name])
+
+
+def reliance(
+    model: NoteEncoder,
+    notes: Iterable[Mapping[str, Any]],
+    related: Sequence[np.ndarray],
+    ks: Sequence[int] = (10, 100),
+    batch_size: int = 32,
+    vision_features: VisionFeatureTable | None = None,
+    slices: Mapping[str, np.ndarray] | None = None,
+    candidates: np.ndarray | None = None,
+    embeds: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+) -> Reliance:
+    """Measure a model under each of `CONDITIONS`, on the same queries. The notes are encoded five times, or less often
+    where `embeds` has what is known.
+
+    Args:
+        model: anything with `NoteLLM2Model`'s `encode` that reads images; of a `NoteLLM2Model` with late fusion, the
+            fusion weights are taken in another pass over the notes that have an image.
+        notes: N notes, which are queries and pool.
+        related: for each note the positions of its related notes, integers; may be empty.
+        ks: cuts of the metrics; the conclusion is about Recall at the first.
+        batch_size: notes encoded at once.
+        vision_features: what the model's tower sees in these notes' images, in place of running it.
+        slices: name ─► (P,) bool, some of the pairs in the order of `Ranks`, as from `evaluation.slices.pair_slices`.
+        candidates: (N,) bool, the notes that pools are made of. Default: all.
+        embeds: modality ─► (N, D) float32, what `encode_with_modality` made of these notes already.
+        seed: of who gets whose image and text.
+
+    Raises:
+        ValueError: the model reads no images; fewer than two notes have an image, or a text; a slice is no mask of the
+            pairs, or empty; and what `rank_related` refuses.
+    """
+    if model.config.vision_config is None:
+        raise ValueError("The model reads text alone (config.vision_config is None): there is no reliance to measure.")
+    notes = list(notes)
+    rng = np.random.default_rng(seed)
+    donors = {
+        "image": draw_donors(np.array([note.get("image") is not None for note in notes]), rng, "an image"),
+        "text": draw_donors(np.array([bool(note_text(note)) for note in notes]), rng, "a text"),
+    }
+    scores = _scores_of_conditions(model, notes, donors, batch_size, vision_features, embeds or {})
+    ranks = {condition: rank_related(scores[condition], related, candidates) for condition in CONDITIONS}
+    swaps = {
+        name: swap
+        for name in donors
+        if (swap := _follow(scores[f"{name} swapped"], donors[name], related, ks, candidates)) is not None
+    }
+    per_query = {
+        name: {condition: metrics_per_query(found.select(mask), ks) for condition, found in ranks.items()}
+        for name, mask in _checked_slices(slices or {}, ranks["both"]).items()
+    }
+    chance = chance_metrics(related, ks, candidates)
+    weights = None
+    if isinstance(model, NoteLLM2Model) and model.late_fusion is not None:
+        weights = fusion_weights(model, notes, batch_size, vision_features)
+    blank_notes = {str(name): sum(map(is_blank, with_modality(notes, name))) for name in MODALITIES}
+    metric = f"recall@{ks[0]}"
+    values = {condition: found[metric] for condition, found in per_query[ALL_PAIRS].items()}
+    conclusion = conclude(values, chance[metric], metric, swaps)
+    return Reliance(metric, per_query, chance, swaps, weights, blank_notes, conclusion)
+
+
+def draw_donors(has_field: np.ndarray, rng: np.random.Generator, what: str) -> np.ndarray:
+    """Whose image or text each note gets: those that have one in a random circle, each from the one before it.
+
+    So nobody gets its own, and each is given once. (Two notes may have the same picture all the same.)
+
+    Args:
+        has_field: (N,) bool.
+        rng: draws the circle.
+        what: what the notes have, for the error.
+
+    Returns:
+        (N,) int64 positions of notes; a note that has none gets none, and is its own donor.
+
+    Raises:
+        ValueError: fewer than two notes have it.
+
+    >>> draw_donors(np.array([True, False, True]), np.random.default_rng(0), "an image").tolist()
+    [2, 1, 0]
+    """
+    circle = rng.permutation(np.flatnonzero(has_field))
+    if len(circle) < 2:
+        raise ValueError(
+            f"{len(circle)} of {len(has_field)} notes have {what}, and an exchange takes two: evaluate more notes, or "
+            "check the table's columns title, topics, content and image."
+        )
+    donors = np.arange(len(has_field))
+    donors[circle] = np.roll(circle, 1)
+    return donors
+
+
+def with_fields_of_others(
+    notes: Sequence[Mapping[str, Any]], donors: np.ndarray, fields: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The notes, each with these fields of its donor; what the donor lacks is left out.
+
+    >>> notes = [{"title": "Vase", "image": "a.jpg"}, {"content": "Blue.", "image": "b.jpg"}]
+    >>> with_fields_of_others(notes, np.array([1, 0]), ("title", "content"))
+    [{'image': 'a.jpg', 'content': 'Blue.'}, {'image': 'b.jpg', 'title': 'Vase'}]
+    """
+    return [
+        {name: value for name, value in note.items() if name not in fields}
+        | {name: notes[donor][name] for name in fields if name in notes[donor]}
+        for note, donor in zip(notes, donors.tolist(), strict=True)
+    ]
+
+
+def asymmetric_scores(queries: np.ndarray, pool: np.ndarray) -> ScoreFunction:
+    """Queries that are not the pool's own embeddings: (N, D) each ─► float64 dot products, rounded to float32.
+
+    So equal vectors have equal scores, as where `rank_related` compares embeddings.
+    """
+    columns = pool.T.astype(np.float64)
+
+    def score(start: int, stop: int) -> np.ndarray:
+        scores: np.ndarray = (queries[start:stop].astype(np.float64) @ columns).astype(np.float32)
+        return scores
+
+    return score
+
+
+def fusion_weights(
+    model: NoteLLM2Model,
+    notes: Sequence[Mapping[str, Any]],
+    batch_size: int = 32,
+    vision_features: VisionFeatureTable | None = None,
+) -> np.ndarray:
+    """The weight of the image in late fusion, of the M notes that have one, in their order.
+
+    Returns:
+        (M,) float32 in [0, 1], the mean over the dimensions for the vector gate.
+
+    Raises:
+        ValueError: the model has no late fusion.
+        NoteError: a note cannot be read.
+    """
+    if model.late_fusion is None:
+        raise ValueError("The model has no late fusion (late_fusion=None), so there are no weights to look at.")
+    rows = torch.tensor([row for row, note in enumerate(notes) if note.get("image") is not None], dtype=torch.int64)
+    reader = NoteReader(notes, model.processor, vision_features)
+    weights = [np.zeros(0, dtype=np.float32)]
+    with tqdm(total=len(rows), desc="fusion weights", unit="note") as progress, torch.no_grad():
+        for window in rows.split(WINDOW_BATCHES * batch_size):
+            states = NoteStateTable(model, reader, window, batch_size, show_progress_bar=False).select(window)
+            weight = model.embed_states(states).fusion_weight
+            assert weight is not None  # the model has late fusion
+            weights.append(weight.float().mean(1).cpu().numpy())
+            progress.update(len(window))
+    return np.concatenate(weights)
+
+
+def conclude(
+    values: Mapping[str, np.ndarray], chance: float, metric: str, swaps: Mapping[str, Swap] | None = None
+) -> list[str]:
+    """Say in plain sentences what the model relies on: `say_use` and `say_alone` of images, then of text, `say_swap`.
+
+    Args:
+        values: condition ─► (Q,) floats, a metric of each query, of "both", "text" and "image" at least.
+        chance: what a random order is expected to reach.
+        metric: its name.
+        swaps: as in `Reliance`.
+    """
+    if not values["both"].any():
+        return [f"With text and image {metric} is 0: what the model relies on cannot be told."]
+    sentences = [
+        say_use("images", values["both"], values["text"], metric),
+        say_alone("image", values["image"], chance, metric),
+        say_use("text", values["both"], values["image"], metric),
+        say_alone("text", values["text"], chance, metric),
+    ]
+    return sentences + [say_swap(swap, modality, metric) for modality, swap in (swaps or {}).items()]
+
+
+def say_use(what: Literal["images", "text"], both: np.ndarray, without: np.ndarray, metric: str) -> str:
+    """Whether a model uses, neglects or is harmed by its images or its text.
+
+    The rule looks at the 95 % interval of the paired difference, divided by the mean with both:
+
+    - below 0: the model uses them; above 0: they harm it; ", but little" if all of it is within `NEGLIGIBLE` of 0;
+    - 0 in it, and all of it within `NEGLIGIBLE` of 0: it neglects them;
+    - 0 in it, and wider: the queries are too few to tell.
+
+    Args:
+        what: is left out.
+        both: (Q,) floats, the metric of each query with text and image, not all 0.
+        without: (Q,) floats, the same queries.
+        metric: its name.
+    """
+    them, they_harm = ("them", "they harm") if what == "images" else ("it", "it harms")
+    test = paired_test(without, both)
+    mean = float(both.mean())
+    low, high = test.low / mean, test.high / mean
+    is_little = max(-low, high) <= NEGLIGIBLE
+    if low <= 0 <= high:
+        few = f"{test.queries} queries are too few to tell whether it uses {them}"
+        verdict = f"the model neglects {them}" if is_little else few
+    else:
+        verdict = f"the model uses its {what}" if high < 0 else f"{they_harm} the model"
+        verdict += ", but little" if is_little else ""
+    moved = "stays at" if not test.difference else f"{'falls' if test.difference < 0 else 'rises'} from {mean:.4f} to"
+    return (
+        f"Without {what} {metric} {moved} {without.mean():.4f} ({_percent(test.difference / mean)}, 95 % interval "
+        f"{_percent(low)} … {_percent(high)}): {verdict}."
+    )
+
+
+def say_alone(modality: Literal["image", "text"], values: np.ndarray, chance: float, metric: str) -> str:
+    """Whether the image or the text alone finds more than chance: the 95 % interval of the mean lies above it.
+
+    Args:
+        modality: what is left.
+        values: (Q,) floats.
+        chance: the expectation of their mean if pools are in random order.
+        metric: its name.
+    """
+    low, high = bootstrap_interval(values)
+    verdict = "more than chance" if low > chance else "less than chance" if high < chance else "no more than chance"
+    return (
+        f"The {modality} alone reaches {metric} {values.mean():.4f} (95 % interval {low:.4f} … {high:.4f}; chance "
+        f"{chance:.4f}): {verdict}."
+    )
+
+
+def say_swap(swap: Swap, modality: str, metric: str) -> str:
+    """Which of two notes a query follows that is made of both: the one it finds more related notes of, if the 95 %
+    interval of the paired difference excludes 0."""
+    own, other = swap.own[metric], swap.other[metric]
+    test = paired_test(other, own)
+    kept = "text" if modality == "image" else "image"
+    verdict = f"it follows the {modality if test.low > 0 else kept}"
+    if test.low <= 0 <= test.high:
+        verdict = "it follows neither more than the other"
+    return (
+        f"Where a query has the {modality} of another note, {metric} is {own.mean():.4f} for what is related to its "
+        f"{kept} and {other.mean():.4f} for what is related to its {modality}: {verdict}."
+    )
+
+
+def reliance_tables(found: Reliance) -> list[Table]:
+    """Tables for a report; those of which there is nothing are left out.
+
+    - each condition, its metrics, and the change of `found.metric` from "both" with its 95 % interval;
+    - for swapped queries, what they find of each of the two notes;
+    - for each slice but the whole, the same metric in each condition, and the change without images;
+    - mean, standard deviation and quantiles of the fusion weights.
+    """
+    metric, names = found.metric, list(found.chance)
+    rows = [[name, *map(found.metrics(name).get, names), *_change_cells(found, name)] for name in CONDITIONS]
+    rows.append(["chance", *map(found.chance.get, names), None, None, None, None])
+    queries = len(found.per_query[ALL_PAIRS]["both"][metric])
+    blank = ", ".join(f"{number} with {modality}" for modality, number in found.blank_notes.items())
+    tables = [
+        Table(
+            ["condition", *names, "change", "low", "high", "relative"],
+            rows,
+            caption=f"What the model relies on ({queries} queries)",
+            note=f"Change: {metric} minus that with both, and its 95 % bootstrap interval over queries. Shuffled: "
+            f"every note has another note's. Swapped: the query alone has. Notes left with nothing: {blank}.",
+        )
+    ]
+    if found.swaps:
+        tables.append(
+            Table(
+                ["swapped", "queries", f"{metric}, own note", f"{metric}, other note"],
+                [
+                    [name, len(swap.own[metric]), float(swap.own[metric].mean()), float(swap.other[metric].mean())]
+                    for name, swap in found.swaps.items()
+                ],
+                caption="Which note a query follows that has a modality of another",
+            )
+        )
+    slices = [name for name in found.per_query if name != ALL_PAIRS]
+    if slices:
+        tables.append(
+            Table(
+                ["slice", "queries", *CONDITIONS, "change without images", "low", "high", "relative"],
+                [
+                    [
+                        name,
+                        len(found.per_query[name]["both"][metric]),
+                        *(found.metrics(condition, name)[metric] for condition in CONDITIONS),
+                        *_change_cells(found, "text", name),
+                    ]
+                    for name in slices
+                ],
+                caption=f"What the model relies on by slice, {metric}",
+            )
+        )
+    weights = found.fusion_weights
+    if weights is not None:  # notes with an image there are, or they could not have been exchanged
+        quantiles = np.quantile(weights, QUANTILES).tolist()
+        shares = [f"{100 * share:.0f} % quantile" for share in QUANTILES]
+        tables.append(
+            Table(
+                ["notes with image", "mean", "standard deviation", *shares],
+                [[len(weights), float(weights.mean()), float(weights.std()), *quantiles]],
+                caption="Weight of the image in late fusion",
+            )
+        )
+    return tables
+
+
+def plot_fusion_weights(weights: np.ndarray) -> "Figure":
+    """Histogram of the fusion weights, with their mean.
+
+    Args:
+        weights: (M,) floats in [0, 1], at least one.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no weight.
+    """
+    if not len(weights):
+        raise ValueError("weights is empty: no note has an image, so there is nothing to plot.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'notellm2[report]'.") from error
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    # A gate that has not trained gives every note one weight, which still needs bins of some width.
+    low, high = max(0.0, float(weights.min()) - 0.005), min(1.0, float(weights.max()) + 0.005)
+    axes.hist(weights, bins=40, range=(low, high), color="#2a6fb0")
+    mean, spread = float(weights.mean()), float(weights.std())
+    label = f"mean {mean:.3f}, standard deviation {spread:.3f}"
+    axes.axvline(mean, color="#d9772b", linestyle="--", label=label)
+    axes.set(title="Weight of the image in late fusion", xlabel="weight of the image", ylabel="notes")
+    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _scores_of_conditions(
+    model: NoteEncoder,
+    notes: Sequence[Mapping[str, Any]],
+    donors: Mapping[str, np.ndarray],
+    batch_size: int,
+    vision_features: VisionFeatureTable | None,
+    known: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """For each of `CONDITIONS` embeddings or a `ScoreFunction`."""
+    scores: dict[str, Any] = {modality: known[modality] for modality in MODALITIES if modality in known}
+    for modality in MODALITIES:
+        if modality not in scores:
+            logger.info("Encoding the notes, modality: %s.", modality)
+            scores[modality], _blank = encode_with_modality(model, notes, modality, batch_size, vision_features)
+    for name, fields in (("image", ("image",)), ("text", TEXT_FIELDS)):
+        logger.info("Encoding the notes, each with the %s of another one.", name)
+        features = vision_features
+        if vision_features is not None and name == "image":
+            features = vision_features.select(donors[name].tolist())
+        mixed = with_fields_of_others(notes, donors[name], fields)
+        scores[f"{name} shuffled"] = _encode(model, mixed, batch_size, features)
+        scores[f"{name} swapped"] = asymmetric_scores(scores[f"{name} shuffled"], scores["both"])
+    return scores
+
+
+def _encode(
+    model: NoteEncoder,
+    notes: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    vision_features: VisionFeatureTable | None,
+) -> np.ndarray:
+    """(N, D) float32 embeddings, zero for blank notes; at least one must not be."""
+    present = [position for position, note in enumerate(notes) if not is_blank(note)]
     encoded = model.encode(
-        [reduced[position] for position in present],
+        [notes[position] for position in present],
         batch_size=batch_size,
         show_progress_bar=True,
         vision_features=None if vision_features is None else vision_features.select(present),
     )  # (present, D)
-    embeds = np.zeros((len(reduced), encoded.shape[1]), dtype=np.float32)
+    embeds = np.zeros((len(notes), encoded.shape[1]), dtype=np.float32)
     embeds[present] = encoded
-    return embeds, len(reduced) - len(present)
+    return embeds
+
+
+def _follow(
+    score: ScoreFunction,
+    donors: np.ndarray,
+    related: Sequence[np.ndarray],
+    ks: Sequence[int],
+    candidates: np.ndarray | None,
+) -> Swap | None:
+    """What swapped queries find of each of the two notes that they are made of; None where there are none."""
+
+    def score_without_donor(start: int, stop: int) -> np.ndarray:
+        scores = score(start, stop)
+        scores[np.arange(stop - start), donors[start:stop]] = -np.inf  # `rank_related` leaves out the query itself
+        return scores
+
+    nothing = np.zeros(0, dtype=np.int64)
+    own, other = [nothing] * len(donors), [nothing] * len(donors)
+    for query, donor in enumerate(donors.tolist()):
+        mine, theirs = np.asarray(related[query]), np.asarray(related[donor])
+        mine, theirs = mine[mine != donor], theirs[theirs != query]
+        if query != donor and len(mine) and len(theirs):
+            own[query], other[query] = mine, theirs
+    if not any(map(len, own)):
+        return None
+    found = [metrics_per_query(rank_related(score_without_donor, wanted, candidates), ks) for wanted in (own, other)]
+    return Swap(*found)
+
+
+def _checked_slices(slices: Mapping[str, np.ndarray], ranks: Ranks) -> dict[str, np.ndarray]:
+    """The slices, that of all pairs first."""
+    shape = ranks.query.shape
+    for name, mask in slices.items():
+        if mask.shape != shape or mask.dtype != bool or not mask.any() or name == ALL_PAIRS:
+            raise ValueError(
+                f"slices[{name!r}] has shape {mask.shape}, dtype {mask.dtype} and {np.count_nonzero(mask)} pairs, "
+                f"expected a bool mask {shape} of at least one, not named {ALL_PAIRS!r}: take it from pair_slices."
+            )
+    return {ALL_PAIRS: np.ones(shape, dtype=bool), **slices}
+
+
+def _change_cells(found: Reliance, condition: str, part: str = ALL_PAIRS) -> list[Any]:
+    """Difference to "both", the bounds of its interval, and the difference relative to "both"."""
+    if condition == "both":
+        return [None] * 4
+    test, both = found.change(condition, part), found.metrics("both", part)[found.metric]
+    return [test.difference, test.low, test.high, _percent(test.difference / both) if both else None]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")

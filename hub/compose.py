@@ -1,4 +1,4 @@
-"""Join an LLM and a vision tower into an untrained NoteLLM-2 checkpoint.
+"""Join an LLM and a vision tower into an untrained NoteLLM-2 checkpoint, or take a multimodal LLM to compare it with.
 
     python -m hub.compose --llm LLM --vision TOWER --output DIR
 
@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModel, HfArgumentParser
 
-from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from evaluation.multimodal_llm import MultimodalLLM, MultimodalLLMProcessor
+from modeling_notellm2 import NoteLLM2Model, NoteLLM2PreTrainedModel, NoteLLM2Processor
 
 
 @dataclass
@@ -31,6 +32,22 @@ class CompositionArguments:
         default=None,
         metadata={
             "help": "Folder or Hub id of the vision tower; without one (or with an empty one) the model is text-only."
+        },
+    )
+    multimodal_llm: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of BLIP-2 (with OPT), Qwen2-VL, Qwen2.5-VL or Qwen3-VL, to compare NoteLLM-2 "
+            "with, in place of --llm and --vision. Of what follows, language, embedding_dim, the temperature, the "
+            "lengths of texts and the seed are used; the prompt is the basic one."
+        },
+    )
+    max_image_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "With a Qwen-VL as multimodal_llm: scale larger images down to so many pixels (448 by 448, the "
+            "paper's, are 200704: 256 visual tokens of Qwen2-VL). Default: the model's own bound, often thousands of "
+            "tokens an image."
         },
     )
     num_text_layers: int | None = field(
@@ -82,7 +99,7 @@ class OutputArguments:
     output: str = field(metadata={"help": "Folder for the checkpoint: weights, config, processor, tokenizer, code."})
 
 
-def compose(arguments: CompositionArguments) -> NoteLLM2Model:
+def compose(arguments: CompositionArguments) -> NoteLLM2PreTrainedModel:
     """Build the untrained model that `arguments` describe, with its processor (`model.processor`).
 
     Raises:
@@ -90,12 +107,19 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
     """
     if arguments.model is not None:
         loaded = AutoModel.from_pretrained(arguments.model)
-        if not isinstance(loaded, NoteLLM2Model):
+        if not isinstance(loaded, NoteLLM2PreTrainedModel):
             raise ValueError(
                 f"model={arguments.model!r} is a {type(loaded).__name__}: give a NoteLLM-2 checkpoint, or join two "
                 "backbones with llm and vision."
             )
         return loaded
+    if arguments.multimodal_llm is not None:
+        return _multimodal_llm(arguments)
+    if arguments.max_image_pixels is not None:
+        raise ValueError(
+            f"max_image_pixels={arguments.max_image_pixels} without multimodal_llm: a vision tower's image processor "
+            "has a size of its own; leave it unset."
+        )
     if arguments.llm is None:
         raise ValueError("llm is missing: give --llm a local folder or a Hub id of a decoder LLM.")
     if arguments.qformer_hidden_size % 64:
@@ -108,9 +132,7 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
         prompt=prompt,
         language=arguments.language,
         num_visual_tokens=arguments.num_visual_tokens,
-        max_title_tokens=arguments.max_title_tokens,
-        max_topics_tokens=arguments.max_topics_tokens,
-        max_content_tokens=arguments.max_content_tokens,
+        **_text_lengths(arguments),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.composition_seed)
@@ -135,8 +157,41 @@ def compose(arguments: CompositionArguments) -> NoteLLM2Model:
         )
 
 
-def save_checkpoint(model: NoteLLM2Model, output: str | os.PathLike) -> None:
-    """Write model, processor, tokenizer and code as one folder."""
+def _multimodal_llm(arguments: CompositionArguments) -> MultimodalLLM:
+    assert arguments.multimodal_llm is not None
+    for name in ("llm", "vision", "num_text_layers"):
+        if getattr(arguments, name):
+            raise ValueError(
+                f"multimodal_llm={arguments.multimodal_llm!r} with {name}={getattr(arguments, name)!r}: it has all "
+                "parts of its own; give one or the other."
+            )
+    processor = MultimodalLLMProcessor.from_backbone(
+        arguments.multimodal_llm,
+        arguments.max_image_pixels,
+        language=arguments.language,
+        **_text_lengths(arguments),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.composition_seed)
+        return MultimodalLLM.from_backbone(
+            arguments.multimodal_llm,
+            processor=processor,
+            embedding_dim=arguments.embedding_dim or None,
+            initial_temperature=arguments.initial_temperature,
+            learnable_temperature=arguments.learnable_temperature,
+        )
+
+
+def _text_lengths(arguments: CompositionArguments) -> dict[str, int]:
+    return {
+        "max_title_tokens": arguments.max_title_tokens,
+        "max_topics_tokens": arguments.max_topics_tokens,
+        "max_content_tokens": arguments.max_content_tokens,
+    }
+
+
+def save_checkpoint(model: NoteLLM2PreTrainedModel, output: str | os.PathLike) -> None:
+    """Write model, processor, tokenizer and (of a NoteLLM-2) code as one folder."""
     model.save_pretrained(output)
     model.processor.save_pretrained(output)
 
@@ -164,8 +219,9 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.write(
         f"{output.output}: {', '.join(files)}\nparameters: {json.dumps(parameters)}\n"
         f"The model is untrained: only its backbones know anything yet.\n"
-        f"Check it with: python -m hub.verify {output.output}\n"
     )
+    if isinstance(model, NoteLLM2Model):  # the only one whose folder carries its code
+        sys.stdout.write(f"Check it with: python -m hub.verify {output.output}\n")
 
 
 if __name__ == "__main__":

@@ -90,19 +90,14 @@ class NoteLLM2Config(PreTrainedConfig):
                 "connector=None with late_fusion=None: the image would not reach the embedding; choose one of them, or "
                 "set vision_config=None."
             )
-        if initial_temperature < 0.01:
-            raise ValueError(
-                f"initial_temperature={initial_temperature} must be at least 0.01, the bound of a learnable one."
-            )
+        check_head(embedding_dim, initial_temperature)
         if num_visual_tokens < 1:
             raise ValueError(
                 f"num_visual_tokens={num_visual_tokens} must be at least 1; set connector=None for no visual tokens."
             )
-        if embedding_dim is not None and embedding_dim < 1:
-            raise ValueError(f"embedding_dim={embedding_dim} must be at least 1, or None for the LLM's own width.")
 
-        self.text_config = _sub_config(text_config if text_config is not None else {"model_type": "llama"})
-        self.vision_config = None if vision_config is None else _sub_config(vision_config)
+        self.text_config = sub_config(text_config if text_config is not None else {"model_type": "llama"})
+        self.vision_config = None if vision_config is None else sub_config(vision_config)
         self.connector = connector
         self.num_visual_tokens = num_visual_tokens
         self.image_token_id = image_token_id
@@ -154,7 +149,18 @@ class NoteLLM2Config(PreTrainedConfig):
         return self.vision_config is not None
 
 
-def _sub_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+def check_head(embedding_dim: int | None, initial_temperature: float) -> None:
+    """Raises ValueError for settings of what comes after the LLM that are out of range."""
+    if initial_temperature < 0.01:
+        raise ValueError(
+            f"initial_temperature={initial_temperature} must be at least 0.01, the bound of a learnable one."
+        )
+    if embedding_dim is not None and embedding_dim < 1:
+        raise ValueError(f"embedding_dim={embedding_dim} must be at least 1, or None for the LLM's own width.")
+
+
+def sub_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+    """A backbone's configuration, or the dictionary of one. Raises ValueError for a dictionary without `model_type`."""
     if isinstance(config, PreTrainedConfig):
         return config
     if "model_type" not in config:
@@ -164,4 +170,4 @@ def _sub_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
 
 NoteLLM2Config.register_for_auto_class()
 
-__all__ = ["NoteLLM2Config"]
+__all__ = ["NoteLLM2Config", "check_head", "sub_config"]

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ if is_peft_available():
 
 MAX_LOGIT_SCALE = math.log(100.0)
 """Upper bound of `logit_scale`: the temperature never falls below 0.01 (the bound CLIP introduced)."""
+
+Part = Literal["connector", "head", "llm"]
 
 WINDOW_BATCHES = 8
 """`encode` sorts notes by length within so many batches: more would pad little less, and hold more decoded pictures."""
@@ -73,7 +75,7 @@ class NoteStates(NamedTuple):
             when no row has one.
         has_visual: (B,) bool, which rows have an n_v.
         pooled_embeds: (N, d_v), the tower's embeddings of the images, in the order of the notes that have one; `None`
-            when none has.
+            when none has, or the model makes no use of them.
         has_image: (B,) bool, which rows have an image.
     """
 
@@ -85,9 +87,20 @@ class NoteStates(NamedTuple):
 
 
 class NoteLLM2PreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by NoteLLM-2 models."""
+    """What models of notes share: the head and the temperature, `encode`, LoRA, loading, saving and initialisation.
 
-    config_class = NoteLLM2Config
+    A subclass has a `language_model`, `get_states` and `embed_states`, and calls `_complete` last in its `__init__`.
+    Its config has `hidden_size`, `has_vision`, `embedding_dim`, `initial_temperature`, `learnable_temperature` and
+    `lora`, as `NoteLLM2Config` has them.
+
+    Attributes:
+        processor_class: the processor saved beside the model.
+        parts: how the names of the parameters begin that come before the LLM ("connector"), after it ("head"), and of
+            the LLM and the vision tower ("llm"). The first part that fits is meant.
+        vision_tower: a tower whose output can be kept and given to `forward` in place of pixels; `None` without.
+        late_fusion: how the tower's output joins the LLM's; `None` if it does not.
+    """
+
     base_model_prefix = "notellm2"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -95,39 +108,24 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, NoteLLM2Model):
-            nn.init.normal_(module.image_embedding, std=self.config.initializer_range)
-            nn.init.constant_(module.logit_scale, -math.log(self.config.initial_temperature))
-        elif isinstance(module, QFormerConnector):
-            nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif isinstance(module, GateOutput):
-            module.reset_parameters()
+    processor_class: ClassVar[type[NoteLLM2Processor]] = NoteLLM2Processor
+    parts: Mapping[Part, tuple[str, ...]] = {
+        "connector": ("connector.", "image_embedding"),
+        "head": ("late_fusion.", "head.", "logit_scale"),
+        "llm": ("language_model.", "vision_tower."),
+    }
+    language_model: PreTrainedModel
+    vision_tower: VisionTower | None
+    late_fusion: LateFusion | None
 
-
-class NoteLLM2Model(NoteLLM2PreTrainedModel):
-    """A note's text and image ─► one embedding.
-
-    Args:
-        config: everything structural; building a model never touches the network.
-    """
-
-    def __init__(self, config: NoteLLM2Config) -> None:
-        super().__init__(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.vision_tower: VisionTower | None = None
-        if config.vision_config is not None:
-            self.vision_tower = VisionTower(config.vision_config, config.freeze_vision_tower)
-        self.connector = build_connector(config)
-        self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
-        width = config.hidden_size
+    def _complete(self) -> None:
+        """The end of `__init__`: head, temperature, adapters, and a record of what is fixed."""
+        config = self.config
         self.head = (
-            nn.Identity() if config.embedding_dim is None else nn.Linear(width, config.embedding_dim, bias=False)
+            nn.Identity()
+            if config.embedding_dim is None
+            else nn.Linear(config.hidden_size, config.embedding_dim, bias=False)
         )
-        # <IMG_EMB> has its own vector: the LLM's embedding matrix stays as it is, and need not train.
-        self.image_embedding = nn.Parameter(torch.zeros(width))
         # One dimension: DeepSpeed and FSDP do not take parameters of none.
         initial_scale = torch.tensor([-math.log(config.initial_temperature)])
         self.logit_scale = nn.Parameter(initial_scale, requires_grad=config.learnable_temperature)
@@ -137,6 +135,18 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             self._inject_lora(config.lora)
         self._fixed = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NoteLLM2PreTrainedModel):
+            nn.init.constant_(module.logit_scale, -math.log(self.config.initial_temperature))
+        if isinstance(module, NoteLLM2Model):
+            nn.init.normal_(module.image_embedding, std=self.config.initializer_range)
+        elif isinstance(module, QFormerConnector):
+            nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
+        elif isinstance(module, GateOutput):
+            module.reset_parameters()
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint as every model of transformers does; what the config says is fixed stays fixed."""
@@ -145,76 +155,6 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         for name in model._fixed:  # loading made new parameters, all of which train
             model.get_parameter(name).requires_grad_(False)
         return loaded
-
-    @classmethod
-    def from_backbones(
-        cls,
-        llm: str | os.PathLike,
-        vision: str | os.PathLike | None = None,
-        *,
-        num_text_layers: int | None = None,
-        processor: NoteLLM2Processor | None = None,
-        dtype: torch.dtype = torch.float32,
-        **config: Any,
-    ) -> "NoteLLM2Model":
-        """Join a pretrained LLM and a pretrained vision tower; all that lies between them starts at random.
-
-        Args:
-            llm: local folder or Hub id of a decoder LLM.
-            vision: local folder or Hub id of a vision encoder; the vision half is taken of a dual encoder such as CLIP.
-                `None` makes a text-only model.
-            num_text_layers: keep only the first so many layers of the LLM.
-            processor: the processor to use; by default `NoteLLM2Processor.from_backbones(llm, vision)`.
-            dtype: dtype of all weights.
-            config: settings of [`NoteLLM2Config`]. `num_visual_tokens` defaults to the processor's.
-
-        Raises:
-            ValueError: a setting that `NoteLLM2Config` does not know; a backbone's folder lacks weights its
-                configuration asks for; the LLM is no decoder; `num_text_layers` out of range.
-        """
-        unknown = sorted(set(config) - set(inspect.signature(NoteLLM2Config.__init__).parameters))
-        if unknown:  # the config itself would keep them, as every config of transformers does
-            raise ValueError(f"{unknown[0]}={config[unknown[0]]!r} is no setting of NoteLLM2Config; see its docstring.")
-        if processor is None:
-            # The prompt must have a place for visual tokens just when the connector makes some.
-            prompt: dict[str, Any] = {"prompt": "text"} if config.get("connector", "qformer") is None else {}
-            if "num_visual_tokens" in config:
-                prompt["num_visual_tokens"] = config["num_visual_tokens"]
-            processor = NoteLLM2Processor.from_backbones(llm, vision, **prompt)
-        text_config = AutoConfig.from_pretrained(llm).get_text_config(decoder=True)
-        if num_text_layers is not None:
-            _keep_layers(text_config, num_text_layers)
-        vision_config = None
-        if vision is not None:
-            whole = AutoConfig.from_pretrained(vision)
-            vision_config = getattr(whole, "vision_config", whole)
-        settings = {
-            "num_visual_tokens": processor.num_visual_tokens,
-            **config,
-            "image_token_id": processor.image_token_id,
-            "image_embedding_token_id": processor.image_embedding_token_id,
-        }
-        whole_config = NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings)
-        for part in (text_config, vision_config, whole_config.qformer_config):
-            if part is not None:
-                part.dtype = dtype  # each was saved with a dtype of its own
-                if os.path.isdir(part._name_or_path):
-                    part._name_or_path = ""  # a folder of this machine has no place in a checkpoint
-        # Built in `dtype`, not cast to it: a cast would also round the LLM's rotary frequencies.
-        model = cls._from_config(whole_config, dtype=dtype)
-        load_backbone(model.language_model, llm, text_config, dtype)
-        if model.vision_tower is not None and vision is not None and vision_config is not None:
-            load_backbone(model.vision_tower.model, vision, vision_config, dtype)
-        model.eval()
-        _refuse_two_way_attention(model.language_model, llm)
-        embeddings = model.get_input_embeddings()
-        assert isinstance(embeddings, nn.Embedding)
-        with torch.no_grad():
-            # Through the module, not its matrix: some LLMs (Gemma) scale what they look up.
-            everything = torch.arange(embeddings.weight.shape[0])
-            model.image_embedding.copy_(embeddings(everything).mean(0))
-        model._processor = processor
-        return model
 
     @property
     def processor(self) -> NoteLLM2Processor:
@@ -230,7 +170,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
                     "the model with from_pretrained."
                 )
             commit = getattr(self.config, "_commit_hash", None)
-            self._processor = NoteLLM2Processor.from_pretrained(self.name_or_path, revision=commit or "main")
+            self._processor = self.processor_class.from_pretrained(self.name_or_path, revision=commit or "main")
         return self._processor
 
     @property
@@ -244,101 +184,13 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-    ) -> VisionFeatures:
-        """Run the vision tower on N images; see [`VisionFeatures`] for the shapes.
-
-        Raises:
-            ValueError: the model is text-only.
-        """
-        if self.vision_tower is None:
-            raise ValueError("pixel_values were given to a text-only model (vision_config=None): leave images out.")
-        return self.vision_tower(pixel_values, pixel_attention_mask, spatial_shapes)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        patch_embeds: Tensor | None = None,
-        pooled_embeds: Tensor | None = None,
-        patch_attention_mask: Tensor | None = None,
-        has_image: Tensor | None = None,
-    ) -> NoteLLM2Output:
-        """Embed B notes, N of which have an image.
-
-        Args:
-            input_ids: (B, T) int64, with `num_visual_tokens` placeholders `<IMG>` in each row that has an image.
-            attention_mask: (B, T), 1 for real tokens; padding may be on either side.
-            pixel_values: (N, C, H, W) images of the notes that have one, in order.
-            pixel_attention_mask, spatial_shapes: for towers of variable resolution; see [`VisionTower`].
-            patch_embeds, pooled_embeds, patch_attention_mask: the tower's output for these images, instead of
-                `pixel_values`: the fields of [`VisionFeatures`].
-            has_image: (B,) bool, which notes the N images belong to. Default: all.
-
-        Raises:
-            ValueError: the placeholders, the images and `has_image` do not agree.
-        """
-        states = self.get_states(
-            input_ids,
-            attention_mask,
-            pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
-            spatial_shapes=spatial_shapes,
-            patch_embeds=patch_embeds,
-            pooled_embeds=pooled_embeds,
-            patch_attention_mask=patch_attention_mask,
-            has_image=has_image,
-        )
-        return self.embed_states(states)
-
     def get_states(self, input_ids: Tensor, attention_mask: Tensor, **images: Tensor | None) -> NoteStates:
-        """Run the tower, the connector and the LLM, and read n_m and n_v: the first half of `forward`.
-
-        Args:
-            input_ids, attention_mask: as in `forward`.
-            images: the other arguments of `forward`.
-
-        Raises:
-            ValueError: the placeholders, the images and `has_image` do not agree.
-        """
-        features, has_image = self._vision_inputs(input_ids, **images)
-        inputs_embeds = self._embed(input_ids, features, has_image)
-        # Positions count real tokens only, so that left padding does not shift them.
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        states = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state  # (B, T, d_llm)
-        rows = torch.arange(states.shape[0], device=states.device)
-        columns = torch.arange(states.shape[1], device=states.device)
-        note_states = states[rows, (attention_mask * columns).argmax(-1)]  # n_m: the last real token
-
-        is_end = input_ids == self.config.image_embedding_token_id  # (B, T)
-        has_visual = is_end.any(-1)
-        visual_states = states[rows, is_end.int().argmax(-1) - 1] if bool(has_visual.any()) else None  # n_v
-        pooled_embeds = None if features is None else features.pooled_embeds
-        return NoteStates(note_states, visual_states, has_visual, pooled_embeds, has_image)
+        """Run the backbones: the first half of `forward`, whose arguments it takes."""
+        raise NotImplementedError
 
     def embed_states(self, states: NoteStates) -> NoteLLM2Output:
-        """Late fusion, head and normalisation: the second half of `forward`, all that comes after the LLM."""
-        note_states, visual_states, fusion_weight = states.note_states, states.visual_states, None
-        if self.late_fusion is not None:
-            note_states, visual_states, fusion_weight = self._fuse(states)
-        visual_embeds = None
-        if visual_states is not None:
-            visual_embeds = self._to_embeds(visual_states) * states.has_visual.unsqueeze(-1)
-        return NoteLLM2Output(
-            note_embeds=self._to_embeds(note_states),
-            visual_embeds=visual_embeds,
-            fusion_weight=fusion_weight,
-            logit_scale=self._scale(),
-        )
+        """All that comes after the LLM: the second half of `forward`."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def encode(
@@ -463,6 +315,202 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         assert result is not None  # a window is never empty
         return result
 
+    def _takes_part(self) -> bool:
+        """Whether what reads images runs, to no effect, where a batch has none: other processes may have some, and
+        wait for a gradient of every weight; with ZeRO-3, which gathers weights where they are used, in any pass."""
+        return (self.training and torch.is_grad_enabled()) or is_deepspeed_zero3_enabled()
+
+    def _to_embeds(self, states: Tensor) -> Tensor:
+        return functional.normalize(self.head(states).float(), dim=-1)
+
+    def _scale(self) -> Tensor:
+        scale = self.logit_scale.float().squeeze(0)
+        # The bound without its dead gradient: a clamped parameter could never come back.
+        return (scale - (scale - MAX_LOGIT_SCALE).clamp(min=0).detach()).exp()
+
+
+class NoteLLM2Model(NoteLLM2PreTrainedModel):
+    """A note's text and image ─► one embedding.
+
+    Args:
+        config: everything structural; building a model never touches the network.
+    """
+
+    config_class = NoteLLM2Config
+
+    def __init__(self, config: NoteLLM2Config) -> None:
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.vision_tower = None
+        if config.vision_config is not None:
+            self.vision_tower = VisionTower(config.vision_config, config.freeze_vision_tower)
+        self.connector = build_connector(config)
+        self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
+        # <IMG_EMB> has its own vector: the LLM's embedding matrix stays as it is, and need not train.
+        self.image_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self._complete()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        llm: str | os.PathLike,
+        vision: str | os.PathLike | None = None,
+        *,
+        num_text_layers: int | None = None,
+        processor: NoteLLM2Processor | None = None,
+        dtype: torch.dtype = torch.float32,
+        **config: Any,
+    ) -> "NoteLLM2Model":
+        """Join a pretrained LLM and a pretrained vision tower; all that lies between them starts at random.
+
+        Args:
+            llm: local folder or Hub id of a decoder LLM.
+            vision: local folder or Hub id of a vision encoder; the vision half is taken of a dual encoder such as CLIP.
+                `None` makes a text-only model.
+            num_text_layers: keep only the first so many layers of the LLM.
+            processor: the processor to use; by default `NoteLLM2Processor.from_backbones(llm, vision)`.
+            dtype: dtype of all weights.
+            config: settings of [`NoteLLM2Config`]. `num_visual_tokens` defaults to the processor's.
+
+        Raises:
+            ValueError: a setting that `NoteLLM2Config` does not know; a backbone's folder lacks weights its
+                configuration asks for; the LLM is no decoder; `num_text_layers` out of range.
+        """
+        refuse_unknown_settings(NoteLLM2Config, config)
+        if processor is None:
+            # The prompt must have a place for visual tokens just when the connector makes some.
+            prompt: dict[str, Any] = {"prompt": "text"} if config.get("connector", "qformer") is None else {}
+            if "num_visual_tokens" in config:
+                prompt["num_visual_tokens"] = config["num_visual_tokens"]
+            processor = NoteLLM2Processor.from_backbones(llm, vision, **prompt)
+        text_config = AutoConfig.from_pretrained(llm).get_text_config(decoder=True)
+        if num_text_layers is not None:
+            _keep_layers(text_config, num_text_layers)
+        vision_config = None
+        if vision is not None:
+            whole = AutoConfig.from_pretrained(vision)
+            vision_config = getattr(whole, "vision_config", whole)
+        settings = {
+            "num_visual_tokens": processor.num_visual_tokens,
+            **config,
+            "image_token_id": processor.image_token_id,
+            "image_embedding_token_id": processor.image_embedding_token_id,
+        }
+        whole_config = NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings)
+        for part in (text_config, vision_config, whole_config.qformer_config):
+            if part is not None:
+                adopt_config(part, dtype)
+        # Built in `dtype`, not cast to it: a cast would also round the LLM's rotary frequencies.
+        model = cls._from_config(whole_config, dtype=dtype)
+        load_backbone(model.language_model, llm, text_config, dtype)
+        if model.vision_tower is not None and vision is not None and vision_config is not None:
+            load_backbone(model.vision_tower.model, vision, vision_config, dtype)
+        model.eval()
+        _refuse_two_way_attention(model.language_model, llm)
+        embeddings = model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        with torch.no_grad():
+            # Through the module, not its matrix: some LLMs (Gemma) scale what they look up.
+            everything = torch.arange(embeddings.weight.shape[0])
+            model.image_embedding.copy_(embeddings(everything).mean(0))
+        model._processor = processor
+        return model
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+    ) -> VisionFeatures:
+        """Run the vision tower on N images; see [`VisionFeatures`] for the shapes.
+
+        Raises:
+            ValueError: the model is text-only.
+        """
+        if self.vision_tower is None:
+            raise ValueError("pixel_values were given to a text-only model (vision_config=None): leave images out.")
+        return self.vision_tower(pixel_values, pixel_attention_mask, spatial_shapes)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        patch_embeds: Tensor | None = None,
+        pooled_embeds: Tensor | None = None,
+        patch_attention_mask: Tensor | None = None,
+        has_image: Tensor | None = None,
+    ) -> NoteLLM2Output:
+        """Embed B notes, N of which have an image.
+
+        Args:
+            input_ids: (B, T) int64, with `num_visual_tokens` placeholders `<IMG>` in each row that has an image.
+            attention_mask: (B, T), 1 for real tokens; padding may be on either side.
+            pixel_values: (N, C, H, W) images of the notes that have one, in order.
+            pixel_attention_mask, spatial_shapes: for towers of variable resolution; see [`VisionTower`].
+            patch_embeds, pooled_embeds, patch_attention_mask: the tower's output for these images, instead of
+                `pixel_values`: the fields of [`VisionFeatures`].
+            has_image: (B,) bool, which notes the N images belong to. Default: all.
+
+        Raises:
+            ValueError: the placeholders, the images and `has_image` do not agree.
+        """
+        states = self.get_states(
+            input_ids,
+            attention_mask,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            patch_embeds=patch_embeds,
+            pooled_embeds=pooled_embeds,
+            patch_attention_mask=patch_attention_mask,
+            has_image=has_image,
+        )
+        return self.embed_states(states)
+
+    def get_states(self, input_ids: Tensor, attention_mask: Tensor, **images: Tensor | None) -> NoteStates:
+        """Run the tower, the connector and the LLM, and read n_m and n_v: the first half of `forward`.
+
+        Args:
+            input_ids, attention_mask: as in `forward`.
+            images: the other arguments of `forward`.
+
+        Raises:
+            ValueError: the placeholders, the images and `has_image` do not agree.
+        """
+        features, has_image = self._vision_inputs(input_ids, **images)
+        inputs_embeds = self._embed(input_ids, features, has_image)
+        # Positions count real tokens only, so that left padding does not shift them.
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        states = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state  # (B, T, d_llm)
+        note_states = last_token_states(states, attention_mask)  # n_m
+        rows = torch.arange(states.shape[0], device=states.device)
+
+        is_end = input_ids == self.config.image_embedding_token_id  # (B, T)
+        has_visual = is_end.any(-1)
+        visual_states = states[rows, is_end.int().argmax(-1) - 1] if bool(has_visual.any()) else None  # n_v
+        pooled_embeds = None if features is None else features.pooled_embeds
+        return NoteStates(note_states, visual_states, has_visual, pooled_embeds, has_image)
+
+    def embed_states(self, states: NoteStates) -> NoteLLM2Output:
+        """Late fusion, head and normalisation: the second half of `forward`, all that comes after the LLM."""
+        note_states, visual_states, fusion_weight = states.note_states, states.visual_states, None
+        if self.late_fusion is not None:
+            note_states, visual_states, fusion_weight = self._fuse(states)
+        visual_embeds = None
+        if visual_states is not None:
+            visual_embeds = self._to_embeds(visual_states) * states.has_visual.unsqueeze(-1)
+        return NoteLLM2Output(
+            note_embeds=self._to_embeds(note_states),
+            visual_embeds=visual_embeds,
+            fusion_weight=fusion_weight,
+            logit_scale=self._scale(),
+        )
+
     def _vision_inputs(
         self,
         input_ids: Tensor,
@@ -542,18 +590,34 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         weights = weights.masked_scatter(has_image.unsqueeze(-1), weight.to(weights.dtype))
         return fuse(note_states), None if visual_states is None else fuse(visual_states), weights
 
-    def _takes_part(self) -> bool:
-        """Whether what reads images runs, to no effect, where a batch has none: other processes may have some, and
-        wait for a gradient of every weight; with ZeRO-3, which gathers weights where they are used, in any pass."""
-        return (self.training and torch.is_grad_enabled()) or is_deepspeed_zero3_enabled()
 
-    def _to_embeds(self, states: Tensor) -> Tensor:
-        return functional.normalize(self.head(states).float(), dim=-1)
+def refuse_unknown_settings(config_class: type[PreTrainedConfig], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting that the config's class does not name: the config itself would keep it, as every
+    config of transformers does."""
+    unknown = sorted(set(settings) - set(inspect.signature(config_class.__init__).parameters))
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}={settings[unknown[0]]!r} is no setting of {config_class.__name__}; see its docstring."
+        )
 
-    def _scale(self) -> Tensor:
-        scale = self.logit_scale.float().squeeze(0)
-        # The bound without its dead gradient: a clamped parameter could never come back.
-        return (scale - (scale - MAX_LOGIT_SCALE).clamp(min=0).detach()).exp()
+
+def adopt_config(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Make a backbone's configuration a part of ours: one dtype, as each was saved with its own, and no folder of this
+    machine, which has no place in a checkpoint."""
+    config.dtype = dtype
+    if os.path.isdir(config._name_or_path):
+        config._name_or_path = ""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            adopt_config(part, dtype)
+
+
+def last_token_states(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T, d) states ─► (B, d), those of each row's last real token; padding may be on either side."""
+    rows = torch.arange(states.shape[0], device=states.device)
+    columns = torch.arange(states.shape[1], device=states.device)
+    return states[rows, (attention_mask * columns).argmax(-1)]
 
 
 def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
@@ -602,4 +666,14 @@ def _refuse_two_way_attention(language_model: nn.Module, source: str | os.PathLi
 
 NoteLLM2Model.register_for_auto_class("AutoModel")
 
-__all__ = ["NoteLLM2Model", "NoteLLM2Output", "NoteLLM2PreTrainedModel", "NoteStates", "load_backbone"]
+__all__ = [
+    "NoteLLM2Model",
+    "NoteLLM2Output",
+    "NoteLLM2PreTrainedModel",
+    "NoteStates",
+    "Part",
+    "adopt_config",
+    "last_token_states",
+    "load_backbone",
+    "refuse_unknown_settings",
+]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -76,12 +76,14 @@ class EncodedNote:
     Attributes:
         index: position of the note in the caller's sequence, for error messages.
         input_ids: the whole prompt, visual placeholders included.
+        text_mask: for each of these ids, whether it is the note's own text: of its title, topics or content.
         image: whatever the note holds as its image; `None` without one.
         pixels: what the image processor makes of the image, where `load_image` was asked for it.
     """
 
     index: int
     input_ids: list[int]
+    text_mask: list[bool]
     image: Any
     pixels: dict[str, torch.Tensor] | None = None
 
@@ -116,6 +118,19 @@ class NoteLLM2Processor(ProcessorMixin):
         ValueError: an unknown setting, a tokenizer without a `tokenizers` backend, a template that breaks the order
             image, `<IMG_EMB>`, text.
     """
+
+    settings: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "language",
+        "num_visual_tokens",
+        "max_title_tokens",
+        "max_topics_tokens",
+        "max_content_tokens",
+        "padding_side",
+        "template",
+        "text_template",
+    )
+    """Names of the settings that `processor_config.json` holds."""
 
     def __init__(
         self,
@@ -170,9 +185,7 @@ class NoteLLM2Processor(ProcessorMixin):
             raise ValueError(f"text_template={self.text_template!r} must not hold {IMAGE_TOKEN}: it is for no image.")
 
     @classmethod
-    def from_backbones(
-        cls, llm: str | os.PathLike, vision: str | os.PathLike | None = None, **settings: Any
-    ) -> "NoteLLM2Processor":
+    def from_backbones(cls, llm: str | os.PathLike, vision: str | os.PathLike | None = None, **settings: Any) -> Self:
         """Take the tokenizer of an LLM and the image processor of a vision tower (local folders or Hub ids)."""
         if vision is None:
             settings.setdefault("prompt", "text")
@@ -231,9 +244,8 @@ class NoteLLM2Processor(ProcessorMixin):
             if not any(texts.values()):
                 raise NoteError(f"notes[{index}].image is all this note has, but the model is text-only: add a text.")
             image = None
-        return EncodedNote(
-            index, self._tokenize(self.template if image is not None else self.text_template, texts), image
-        )
+        template = self.template if image is not None else self.text_template
+        return EncodedNote(index, *self._tokenize(template, texts), image)
 
     def collate(
         self, notes: Sequence[EncodedNote], padding_side: PaddingSide | None = None, decode_images: bool = True
@@ -245,22 +257,28 @@ class NoteLLM2Processor(ProcessorMixin):
             padding_side: by default the processor's.
             decode_images: `False` leaves the pixels out, for callers that hold the tower's output already.
         """
-        length = max((len(note.input_ids) for note in notes), default=0)
+        if decode_images:
+            notes = [self.load_image(note) for note in notes]
+        rows = [self.token_ids(note) for note in notes]
+        length = max(map(len, rows), default=0)
         left = (padding_side or self.padding_side) == "left"
         # Padding is masked, so that any token will do; a tokenizer's own one may lie beyond its LLM's matrix.
         input_ids = torch.zeros(len(notes), length, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
-        for row, note in enumerate(notes):
-            span = slice(length - len(note.input_ids), None) if left else slice(len(note.input_ids))
-            input_ids[row, span] = torch.tensor(note.input_ids)
+        for row, ids in enumerate(rows):
+            span = slice(length - len(ids), None) if left else slice(len(ids))
+            input_ids[row, span] = torch.tensor(ids)
             attention_mask[row, span] = 1
         has_image = torch.tensor([note.image is not None for note in notes], dtype=torch.bool)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "has_image": has_image}
-        loaded = [self.load_image(note) for note in notes if decode_images and note.image is not None]
-        images = [note.pixels for note in loaded if note.pixels is not None]
+        images = [note.pixels for note in notes if decode_images and note.pixels is not None]
         if images:
             batch |= {name: torch.cat([image[name] for image in images]) for name in images[0]}
         return BatchFeature(batch)
+
+    def token_ids(self, note: EncodedNote) -> list[int]:
+        """The ids that the model reads of a note, for a subclass whose images take as many as they are large."""
+        return note.input_ids
 
     def load_image(self, note: EncodedNote) -> EncodedNote:
         """Decode and process a note's image now, and keep the result.
@@ -295,18 +313,18 @@ class NoteLLM2Processor(ProcessorMixin):
                 `cache_dir`, …) goes to the Hub.
         """
         settings, hub = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        overrides = {name: hub.pop(name) for name in _SETTINGS if name in hub}
+        overrides = {name: hub.pop(name) for name in cls.settings if name in hub}
         hub = {name: value for name, value in hub.items() if not name.startswith("_") and name != "trust_remote_code"}
         # Not AutoTokenizer, which would load our config first and, from remote code, ask for consent once more.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub)
         has_images = "image_processor" in settings
         image_processor = _load_image_processor(pretrained_model_name_or_path if has_images else None, **hub)
-        saved = {name: settings[name] for name in _SETTINGS if name in settings}
+        saved = {name: settings[name] for name in cls.settings if name in settings}
         return cls(image_processor, tokenizer, **{**saved, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that `processor_config.json` holds."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self.settings}
         settings["processor_class"] = type(self).__name__
         if self.image_processor is not None:
             settings["image_processor"] = _image_processor_dict(self.image_processor)
@@ -315,20 +333,23 @@ class NoteLLM2Processor(ProcessorMixin):
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, ensure_ascii=False)}"
 
-    def _tokenize(self, template: str, texts: Mapping[str, str]) -> list[int]:
-        """A template's static parts, placeholders and fields ─► one list of ids."""
+    def _tokenize(self, template: str, texts: Mapping[str, str]) -> tuple[list[int], list[bool]]:
+        """A template's static parts, placeholders and fields ─► one list of ids, and which of them a field gave."""
         ids = list(self._leading_ids)
+        text_mask = [False] * len(ids)
         for part in _template_parts(template):
+            field = part.strip("{}") if part.startswith("{") else None
             if part == IMAGE_TOKEN:
-                ids += [self.image_token_id] * self.num_visual_tokens
+                piece = [self.image_token_id] * self.num_visual_tokens
             elif part == IMAGE_EMBEDDING_TOKEN:
-                ids.append(self.image_embedding_token_id)
-            elif part.strip("{}") in TEXT_FIELDS and part.startswith("{"):
-                name = part.strip("{}")
-                ids += self._text_ids(texts[name], getattr(self, f"max_{name}_tokens"))
+                piece = [self.image_embedding_token_id]
+            elif field in TEXT_FIELDS:
+                piece = self._text_ids(texts[field], getattr(self, f"max_{field}_tokens"))
             else:
-                ids += self._text_ids(part, None)
-        return ids
+                piece = self._text_ids(part, None)
+            ids += piece
+            text_mask += [field in TEXT_FIELDS] * len(piece)
+        return ids, text_mask
 
     def _text_ids(self, text: str, max_tokens: int | None) -> list[int]:
         """Plain text ─► ids, none of which is an added token."""
@@ -379,19 +400,6 @@ class NoteLLM2Processor(ProcessorMixin):
                 f"notes[{note.index}].image of {image.width}x{image.height} pixels was refused by the image processor "
                 f"({error}): resize it, or leave the image out."
             ) from error
-
-
-_SETTINGS = (
-    "prompt",
-    "language",
-    "num_visual_tokens",
-    "max_title_tokens",
-    "max_topics_tokens",
-    "max_content_tokens",
-    "padding_side",
-    "template",
-    "text_template",
-)
 
 
 def _template_parts(template: str) -> list[str]:

@@ -10,8 +10,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
+    AutoModelForImageTextToText,
     BaseImageProcessor,
     BitImageProcessor,
+    Blip2Config,
+    BlipImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -26,8 +29,12 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessor,
     Qwen3Config,
+    Qwen3VLConfig,
     Siglip2ImageProcessor,
     Siglip2VisionConfig,
     SiglipImageProcessor,
@@ -236,6 +243,63 @@ def save_tower(name: str, folder: Path) -> Path:
     save_random_model(config, folder)
     image_processor.save_pretrained(folder)
     assert AutoModel.from_pretrained(folder).config.model_type == config.model_type
+    return folder
+
+
+VISION_TOKENS = ["<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+_QWEN_TEXT = {**_LLM_SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH_SIZE, "in_channels": 3}
+_QWEN_WIDTHS = {"hidden_size": 16, "out_hidden_size": HIDDEN_SIZE, "intermediate_size": 32}
+# Each multimodal LLM: its configuration class, and the settings of its two halves.
+MULTIMODAL_LLMS: dict[str, tuple[type[PreTrainedConfig], dict, dict]] = {
+    "blip-2": (
+        Blip2Config,
+        {**_LLM_SIZES, "ffn_dim": 64, "word_embed_proj_dim": HIDDEN_SIZE, "dropout": 0.0, "model_type": "opt"},
+        {**_VIT_SIZES, "attention_dropout": 0.0},
+    ),
+    "qwen2_vl": (Qwen2VLConfig, _QWEN_TEXT, {**_QWEN_VISION, "embed_dim": 16, "hidden_size": HIDDEN_SIZE}),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        _QWEN_TEXT,
+        {**_QWEN_VISION, **_QWEN_WIDTHS, "window_size": 4 * PATCH_SIZE, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        {**_QWEN_TEXT, "head_dim": 8},
+        {**_QWEN_VISION, **_QWEN_WIDTHS, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
+}
+
+
+def save_multimodal_llm(name: str, folder: Path) -> Path:
+    """Save the tiny model `name` of `MULTIMODAL_LLMS` as it would be released: with its words' head, its tokenizer and
+    its image processor."""
+    config_class, text_config, vision_config = MULTIMODAL_LLMS[name]
+    tokenizer = bos_tokenizer() if name == "blip-2" else byte_level_tokenizer()
+    tokenizer.add_tokens(VISION_TOKENS, special_tokens=True)
+    ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(VISION_TOKENS), strict=True))
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    text_config = {**text_config, **tokens, "vocab_size": len(tokenizer) + 3}
+    image_processor: BaseImageProcessor
+    if name == "blip-2":
+        qformer = {**QFORMER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vocab_size": 30}
+        settings = {"qformer_config": qformer, "num_query_tokens": 3, "image_token_index": ids["<image>"]}
+        image_processor = BlipImageProcessor(size=_SIZE)
+    else:
+        names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+        names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+        settings = {f"{part}_token_id": ids[token] for part, token in names.items()}
+        size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}  # these are areas
+        image_processor = Qwen2VLImageProcessor(patch_size=PATCH_SIZE, size=size)
+    config = config_class(text_config=text_config, vision_config=vision_config, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config)
+        for parameter in model.parameters():  # the query tokens start at zero, and would hide what follows them
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
-from tests.backbones import QFORMER, move, random_picture, save, save_llm, save_tower
+from tests.backbones import QFORMER, move, random_picture, save, save_llm, save_multimodal_llm, save_tower
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +23,12 @@ def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def tower_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name of `tests.backbones.TOWERS` ─► folder, saved once a session."""
     return _saved_once(save_tower, tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(scope="session")
+def multimodal_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of `tests.backbones.MULTIMODAL_LLMS` ─► folder, saved once a session."""
+    return _saved_once(save_multimodal_llm, tmp_path_factory.mktemp("multimodal_llms"))
 
 
 def _saved_once(save: Callable[[str, Path], Path], root: Path) -> Callable[[str], Path]:

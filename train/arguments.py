@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from argparse import ArgumentError
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -373,10 +375,8 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     if not isinstance(settings, dict):
         parser.error(f"{config} must hold lines of the form `option: value`")
-    known = {option.name for kind in _KINDS for option in fields(kind) if option.init}
-    for name in settings:
-        if name not in known:
-            parser.error(f"{config} sets {name!r}, which is no option; see --help")
+    if (unknown := _unknown(settings)) is not None:
+        parser.error(f"{config} sets {unknown!r}, which is no option; see --help")
     # As words of a command line, so that a file's values are checked like any others; the real one comes last and wins.
     words = [word for name, value in settings.items() for word in _option(name, value)]
     try:
@@ -384,6 +384,32 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     except ValueError as error:
         parser.error(str(error))
     return composition, data, training
+
+
+def changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that `settings` change from their defaults, with the values that `parse_arguments` reads them as.
+
+    Two files of settings that mean the same give the same: `learning_rate: 1e-3`, which is a string in YAML, is a
+    number here, and what equals a default is left out. Whether the options agree with one another is not checked.
+
+    Raises:
+        ValueError: a name that is no option, or a value that its option cannot have.
+    """
+    if (unknown := _unknown(settings)) is not None:
+        raise ValueError(f"{unknown!r} is no option of train/run.py: see its --help.")
+    parser = HfArgumentParser(list(_KINDS), exit_on_error=False)
+    try:
+        values = vars(parser.parse_args([word for name, value in settings.items() for word in _option(name, value)]))
+    except ArgumentError as error:
+        raise ValueError(f"{error} (an option of train/run.py; see its --help)") from error
+    defaults = vars(parser.parse_args([]))
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _unknown(settings: Mapping[str, Any]) -> str | None:
+    """The first name that is no option, if any."""
+    known = {option.name for kind in _KINDS for option in fields(kind) if option.init}
+    return next((name for name in settings if name not in known), None)
 
 
 def _option(name: str, value: Any) -> list[str]:
@@ -396,4 +422,4 @@ def _option(name: str, value: Any) -> list[str]:
     return [f"--{name}", *(str(item) for item in values)]
 
 
-__all__ = ["Arguments", "DataArguments", "NoteLLM2TrainingArguments", "parse_arguments"]
+__all__ = ["Arguments", "DataArguments", "NoteLLM2TrainingArguments", "changed_settings", "parse_arguments"]

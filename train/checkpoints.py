@@ -1,4 +1,7 @@
-"""Which checkpoints are whole: a run that was killed, or whose disk was full, may leave one that is not."""
+"""Which checkpoints are whole: a run that was killed, or whose disk was full, may leave one that is not.
+
+Of a run's processes the main one reads, and the others hear of it: all of them must ask.
+"""
 
 import json
 import logging
@@ -10,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from train.distributed import said_by_main_process
+
 logger = logging.getLogger(__name__)
 
 
@@ -20,12 +25,16 @@ def newest_whole_checkpoint(folder: str | Path, processes: int = 1) -> Path | No
         folder: the run's `output_dir`.
         processes: how many processes are to go on.
     """
+    return said_by_main_process(lambda: _newest(Path(folder), processes))
+
+
+def _newest(folder: Path, processes: int) -> Path | None:
     numbered = []
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)):
             numbered.append((int(match[1]), path))
     for _step, path in sorted(numbered, reverse=True):
-        problem = checkpoint_problem(path, processes)
+        problem = _problem(path, processes)
         if problem is None:
             return path
         logger.warning("%s is not whole and is passed over: %s", path, problem)
@@ -42,7 +51,10 @@ def checkpoint_problem(checkpoint: str | Path, processes: int = 1) -> str | None
         checkpoint: its folder.
         processes: how many processes are to go on; each needs its own random state.
     """
-    folder = Path(checkpoint)
+    return said_by_main_process(lambda: _problem(Path(checkpoint), processes))
+
+
+def _problem(folder: Path, processes: int) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / TRAINER_STATE_NAME).exists():

@@ -1,10 +1,14 @@
-"""Embeddings of all processes, with exact gradients."""
+"""Embeddings of all processes, with exact gradients; and what the main process alone finds out."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
+
+Found = TypeVar("Found")
 
 
 def world() -> tuple[int, int]:
@@ -12,6 +16,14 @@ def world() -> tuple[int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def said_by_main_process(find: Callable[[], Found]) -> Found:
+    """What `find` returns in the main process, in all processes, which must all call this."""
+    found: list[Any] = [find() if world()[0] == 0 else None]
+    if world()[1] > 1:
+        broadcast_object_list(found)
+    return found[0]
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -54,4 +66,4 @@ class _GatherRows(torch.autograd.Function):
         return total[ctx.own]
 
 
-__all__ = ["gather_rows", "world"]
+__all__ = ["gather_rows", "said_by_main_process", "world"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2 import NoteLLM2PreTrainedModel
 from train.data import NoteReader
 from train.distributed import gather_rows, world
 from train.related import RelatedNotes
@@ -24,11 +24,12 @@ ROWS_AT_ONCE = 1024
 
 @torch.no_grad()
 def mine_hard_negatives(
-    model: NoteLLM2Model,
+    model: NoteLLM2PreTrainedModel,
     reader: NoteReader,
     related: RelatedNotes,
     count: int,
     max_similarity: float,
+    image_groups: np.ndarray | None = None,
     batch_size: int = 32,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     show_progress_bar: bool = True,
@@ -43,6 +44,7 @@ def mine_hard_negatives(
         count: how many to find for each note.
         max_similarity: leave out notes that are more similar than this (a cosine): they are likely to be related,
             although nobody has viewed both.
+        image_groups: (N,) int64, for each note the number of its cover image: notes with one cover are then left out.
         batch_size: notes a forward pass.
         autocast: the mixed precision of that pass.
         show_progress_bar: show progress bars.
@@ -55,6 +57,7 @@ def mine_hard_negatives(
     total, device = len(embeds), embeds.device
     best = np.full((total, count), -1)
     candidates = embeds.nan_to_num()
+    groups = torch.as_tensor(np.arange(total) if image_groups is None else image_groups, device=device)
     rank, processes = world()
     blocks = range(rank * ROWS_AT_ONCE, total, processes * ROWS_AT_ONCE)
     for start in tqdm(blocks, desc="hard negatives", unit="block", disable=not show_progress_bar):
@@ -71,7 +74,7 @@ def mine_hard_negatives(
             tile = candidates[rows] @ candidates[columns].T
             tile[tile > max_similarity] = -torch.inf
             tile[:, ~readable[columns]] = -torch.inf
-            tile[rows.unsqueeze(1) == columns] = -torch.inf
+            tile[groups[rows].unsqueeze(1) == groups[columns]] = -torch.inf  # the note itself, too
             row, column = excluded[:, (excluded[1] >= first) & (excluded[1] <= int(columns[-1]))]
             tile[row, column - first] = -torch.inf
             scores, found = torch.cat([scores, tile], 1), torch.cat([found, columns.expand(len(rows), -1)], 1)
@@ -87,7 +90,7 @@ def mine_hard_negatives(
 
 @torch.no_grad()
 def embed_notes(
-    model: NoteLLM2Model,
+    model: NoteLLM2PreTrainedModel,
     reader: NoteReader,
     batch_size: int = 32,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,

@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset as Table
-from transformers import AutoModel, set_seed
+from transformers import AutoConfig, AutoModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
@@ -27,7 +27,7 @@ from evaluation.report import ReportRow, collect_facts, text_table, write_report
 from evaluation.run import evaluate_baselines, evaluate_model
 from hub.compose import CompositionArguments, compose
 from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
-from modeling_notellm2 import NoteError, NoteLLM2Model
+from modeling_notellm2 import NoteError, NoteLLM2Config, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import prompt_template
 from pairs.ceilings import ceilings
 from pairs.simulate import simulate
@@ -44,16 +44,29 @@ logger = logging.getLogger("train")
 WELCOME = """
 Saved to {folder}. Use it:
 
-    import modeling_notellm2
+    import {module}
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained("{folder}")
     embeddings = model.encode([{{"title": "…", "topics": ["…"], "content": "…", "image": "picture.jpg"}}])
 
-Check that it stands on its own:  python -m hub.verify {folder}
-Watch the curves:                 tensorboard --logdir {folder}
+{verify}Watch the curves:                 tensorboard --logdir {folder}
 Training pairs and test notes are in {data}, the table above is in {folder}/report.
 """
+
+
+VERIFY = "Check that it stands on its own:  python -m hub.verify {folder}\n"
+
+
+def welcome(folder: str, data: str) -> str:
+    """What to do with the checkpoint in `folder`, trained on the splits in `data`."""
+    carries_code = isinstance(AutoConfig.from_pretrained(folder), NoteLLM2Config)
+    return WELCOME.format(
+        folder=folder,
+        data=data,
+        module="modeling_notellm2" if carries_code else "evaluation.multimodal_llm",
+        verify=VERIFY.format(folder=folder) if carries_code else "",
+    )
 
 
 class UserError(Exception):
@@ -167,9 +180,10 @@ def train(
         raise UserError(str(error)) from error
     test, test_related = splits["test"], related_of(splits["test"])
 
-    if simulated and composition.llm is None and composition.model is None:
+    if simulated and not (composition.llm or composition.model or composition.multimodal_llm):
         composition = tiny_composition(composition, splits["train"].notes, folder / "backbones", state)
-    logger.info("Loading %s", composition.model or f"{composition.llm} and {composition.vision or 'no vision tower'}")
+    parts = f"{composition.llm} and {composition.vision or 'no vision tower'}"
+    logger.info("Loading %s", composition.model or composition.multimodal_llm or parts)
     try:
         model = compose(composition)
     except (ValueError, OSError) as error:
@@ -177,6 +191,11 @@ def train(
     features: dict[str, VisionFeatureTable | None] = dict.fromkeys(SPLITS)
     store: VisionFeatureStore | None = None
     if training.vision_features == "store" and model.config.has_vision:
+        if not isinstance(model, NoteLLM2Model):
+            raise UserError(
+                "vision_features=store: a multimodal LLM sees each image in its own size, and what its tower says is "
+                "not kept; set vision_features to recompute."
+            )
         on_error = None if training.bad_images == "raise" else _warn_of_bad_image
         try:
             assert model.vision_tower is not None
@@ -243,7 +262,7 @@ def train(
 
     unset_hf_deepspeed_config()  # training has set it again, and now one process loads a model
     if state.is_main_process:
-        saved: NoteLLM2Model = AutoModel.from_pretrained(folder).to(model.device)  # what was saved is what is measured
+        saved = AutoModel.from_pretrained(folder).to(model.device)  # what was saved is what is measured
         if store is not None and fingerprint(saved) != store.fingerprint:  # DeepSpeed saves a tower in 16 bits
             logger.info("The saved vision tower is not to the bit the one of the store: it is run.")
             features["test"] = None
@@ -287,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         sys.stdout.write("\nTest notes and their pairs, which training has not seen:\n\n" + text_table(rows))
         folder = arguments[2].output_dir
-        sys.stdout.write(WELCOME.format(folder=folder, data=arguments[1].splits or f"{folder}/data"))
+        sys.stdout.write(welcome(folder, arguments[1].splits or f"{folder}/data"))
 
 
 if __name__ == "__main__":

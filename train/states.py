@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_notellm2 import NoteLLM2Model, NoteStates
+from modeling_notellm2 import NoteLLM2PreTrainedModel, NoteStates
 from train.data import NoteReader
 
 WINDOW_BATCHES = 16
@@ -31,7 +31,7 @@ class NoteStateTable:
 
     def __init__(
         self,
-        model: NoteLLM2Model,
+        model: NoteLLM2PreTrainedModel,
         reader: NoteReader,
         rows: Tensor,
         batch_size: int = 32,
@@ -57,7 +57,7 @@ class NoteStateTable:
     @torch.no_grad()
     def _add(
         self,
-        model: NoteLLM2Model,
+        model: NoteLLM2PreTrainedModel,
         reader: NoteReader,
         rows: list[int],
         batch_size: int,
@@ -113,9 +113,13 @@ class NoteStateTable:
             note_states=self._tensors["note_states"][places],
             visual_states=self._tensors["visual_states"][places] if bool(has_visual.any()) else None,
             has_visual=has_visual,
-            pooled_embeds=self._tensors["pooled_embeds"][places[has_image]] if bool(has_image.any()) else None,
+            pooled_embeds=self._pooled_embeds(places[has_image]),
             has_image=has_image,
         )
+
+    def _pooled_embeds(self, places: Tensor) -> Tensor | None:
+        # A multimodal LLM gives none.
+        return self._tensors["pooled_embeds"][places] if len(places) and "pooled_embeds" in self._tensors else None
 
 
 __all__ = ["NoteStateTable"]

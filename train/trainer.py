@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerState
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from evaluation.metrics import retrieval_metrics
-from modeling_notellm2 import NoteLLM2Model, NoteLLM2Output
+from modeling_notellm2 import NoteLLM2Output, NoteLLM2PreTrainedModel
+from modeling_notellm2.modeling_notellm2 import MAX_LOGIT_SCALE, Part
 from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
 from train.batches import BatchPlanner, drawn_log_probability
@@ -61,7 +62,7 @@ class RetrievalEvaluation:
         return retrieval_metrics(embeds, self.related, self.ks)
 
 
-def apply_llm_tuning(model: NoteLLM2Model, arguments: NoteLLM2TrainingArguments) -> None:
+def apply_llm_tuning(model: NoteLLM2PreTrainedModel, arguments: NoteLLM2TrainingArguments) -> None:
     """Freeze or adapt the LLM as `arguments.llm_tuning` says. A checkpoint that has adapters keeps training these."""
     if arguments.llm_tuning == "lora":
         if model.config.lora is None:
@@ -74,8 +75,26 @@ def apply_llm_tuning(model: NoteLLM2Model, arguments: NoteLLM2TrainingArguments)
         parameter.requires_grad_(arguments.llm_tuning == "full" or "lora_" in name)
 
 
+class TemperatureBound(TrainerCallback):
+    """Bounds the temperature's parameter after each step of the optimizer, as CLIP does: it would otherwise go on
+    beyond the bound, where it changes nothing, and have as far to come back.
+
+    Not under DeepSpeed, which keeps the weights that it updates to itself: there the bound alone is kept.
+    """
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """`model` is the one that trains."""
+        assert model is not None
+        for name, parameter in model.named_parameters():
+            if name.endswith("logit_scale"):
+                parameter.clamp_(max=MAX_LOGIT_SCALE)
+
+
 class NoteLLM2Trainer(Trainer):
-    """Trains a [`NoteLLM2Model`] on pairs of related notes.
+    """Trains a [`NoteLLM2Model`], or a multimodal LLM to compare it with, on pairs of related notes.
 
     Args:
         model: the model; its LLM is frozen or adapted as `args.llm_tuning` says.
@@ -89,12 +108,12 @@ class NoteLLM2Trainer(Trainer):
         ValueError: settings that do not go together, or not with the model or the kind of distribution; in `train` too.
     """
 
-    model: NoteLLM2Model
+    model: NoteLLM2PreTrainedModel
     args: NoteLLM2TrainingArguments
 
     def __init__(
         self,
-        model: NoteLLM2Model,
+        model: NoteLLM2PreTrainedModel,
         args: NoteLLM2TrainingArguments,
         train_dataset: PairDataset | None = None,
         eval_dataset: NoteDataset | None = None,
@@ -121,6 +140,7 @@ class NoteLLM2Trainer(Trainer):
             processing_class=model.processor,
             **kwargs,
         )
+        self.add_callback(TemperatureBound())
         if args.mini_batch_size and self.is_deepspeed_enabled:
             raise ValueError(
                 f"mini_batch_size={args.mini_batch_size} does not work with DeepSpeed, whose engine allows one forward "
@@ -162,6 +182,7 @@ class NoteLLM2Trainer(Trainer):
             )
         self._embedding_dim = width
         self._has_visual = IMAGE_EMBEDDING_TOKEN in model.processor.template and model.config.has_vision
+        self._groups: np.ndarray | None = None
         self._parts: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last log, and of how many batches
 
     def train(
@@ -303,9 +324,7 @@ class NoteLLM2Trainer(Trainer):
         if dataset is None or self.reader is None:
             raise ValueError("train_dataset=None: pass the pairs to train on.")
         assert isinstance(dataset, PairDataset)
-        groups = log_q = None
-        if args.mask_same_image:
-            groups = image_groups(dataset.notes, self.model.processor, show_progress_bar=not args.disable_tqdm)
+        groups, log_q = self._image_groups(), None
         if args.logq_correction:
             batch = min(args.per_device_train_batch_size * share[1], len(dataset))
             log_q = drawn_log_probability(dataset.related.degrees, batch, len(dataset))
@@ -330,6 +349,16 @@ class NoteLLM2Trainer(Trainer):
             loader, device=args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
 
+    def _image_groups(self) -> np.ndarray | None:
+        """For each training note the number of its cover image, where notes with one cover are to be no negatives."""
+        if not self.args.mask_same_image:
+            return None
+        if self._groups is None:
+            assert isinstance(self.train_dataset, PairDataset)
+            notes, show_progress_bar = self.train_dataset.notes, not self.args.disable_tqdm
+            self._groups = image_groups(notes, self.model.processor, show_progress_bar=show_progress_bar)
+        return self._groups
+
     def _mine_hard_negatives(self, epoch: int) -> np.ndarray:
         """The hard negatives of an epoch. A file keeps them, as a resumed epoch has to go on with the same."""
         assert self.reader is not None and isinstance(self.train_dataset, PairDataset)
@@ -345,6 +374,7 @@ class NoteLLM2Trainer(Trainer):
             self.train_dataset.related,
             self.args.hard_negative_pool,
             self.args.max_negative_similarity,
+            self._image_groups(),
             batch_size=self.args.per_device_eval_batch_size,
             autocast=self.accelerator.autocast,
             show_progress_bar=is_main and not self.args.disable_tqdm,
@@ -486,7 +516,8 @@ class NoteLLM2Trainer(Trainer):
             means = self.accelerator.reduce(means, "mean")
             logs |= dict(zip(names, means.tolist(), strict=True))
             if "bad_images" in logs:  # how many, not how many a step and process
-                logs["bad_images"] *= self._parts["bad_images"][1] * self.accelerator.num_processes
+                times = self._parts["bad_images"][1] * self.accelerator.num_processes
+                logs["bad_images"] = float(round(logs["bad_images"] * times))
             self._parts = {}
         super().log(logs, start_time)
 
@@ -507,7 +538,7 @@ class NoteLLM2Trainer(Trainer):
                 # Decay would pull a temperature and a token's embedding to zero, which means nothing for them.
                 scale_or_token = name.endswith(("logit_scale", "image_embedding", "query_tokens"))
                 decay = name in decayed and not scale_or_token
-                groups.setdefault((_part_of(name), decay), []).append(parameter)
+                groups.setdefault((_part_of(name, self.model.parts), decay), []).append(parameter)
         rates = {
             "llm": self.args.learning_rate,
             "connector": self.args.connector_learning_rate,
@@ -524,14 +555,15 @@ class NoteLLM2Trainer(Trainer):
         ]
 
 
-def _check_fsdp_plugin(plugin: Any, model: NoteLLM2Model) -> None:
+def _check_fsdp_plugin(plugin: Any, model: NoteLLM2PreTrainedModel) -> None:
     """Raises ValueError for what `accelerate` can shard by, and this model cannot be sharded by."""
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError("FSDP 1 renames parameters and is not supported: set fsdp_version: 2.")
     policy = plugin.auto_wrap_policy
     policy = getattr(policy, "func", policy)
-    layers = {type(module).__name__ for module in model.language_model.modules()}
-    others = {type(module).__name__ for name, module in model.named_modules() if not name.startswith("language_model")}
+    of_llm = set(model.language_model.modules())
+    layers = {type(module).__name__ for module in of_llm}
+    others = {type(module).__name__ for module in model.modules() if module not in of_llm}
     wrapped = set(plugin.transformer_cls_names_to_wrap or ())
     by_layer = policy is transformer_auto_wrap_policy and wrapped and wrapped <= layers - others
     if policy is not None and not by_layer:
@@ -549,16 +581,13 @@ def _epoch_of(checkpoint: str | Path) -> float:
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).epoch or 0.0
 
 
-def _part_of(name: str) -> Literal["llm", "connector", "head"]:
+def _part_of(name: str, parts: Mapping[Part, tuple[str, ...]]) -> Part:
     """Which learning rate a parameter has, by its name: the LLM's, of what comes before it, or of what comes after."""
     name = name.removeprefix("module.")
-    if name.startswith(("language_model.", "vision_tower.")):
-        return "llm"
-    if name.startswith("connector.") or name == "image_embedding":
-        return "connector"
-    if name.startswith(("late_fusion.", "head.")) or name == "logit_scale":
-        return "head"
-    raise ValueError(f"the parameter {name!r} belongs to no part of NoteLLM2Model that has a learning rate.")
+    for part, beginnings in parts.items():
+        if name.startswith(beginnings):
+            return part
+    raise ValueError(f"the parameter {name!r} belongs to no part of the model that has a learning rate: {parts}.")
 
 
 __all__ = ["NoteLLM2Trainer", "RetrievalEvaluation", "apply_llm_tuning"]

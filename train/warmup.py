@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2 import NoteLLM2PreTrainedModel
+from modeling_notellm2.modeling_notellm2 import MAX_LOGIT_SCALE
 from train.batches import distinct_notes
 from train.data import NoteReader
 from train.losses import ContrastiveTargets, joint_loss
@@ -30,7 +31,7 @@ MAX_NOTES = 16_384
 
 
 def warm_up_head(
-    model: NoteLLM2Model,
+    model: NoteLLM2PreTrainedModel,
     reader: NoteReader,
     pairs: np.ndarray,
     groups: list[dict[str, Any]],
@@ -93,6 +94,8 @@ def warm_up_head(
             )
             loss.backward()
             optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)  # as training does: see `TemperatureBound`
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())

@@ -1,8 +1,8 @@
 """The retrieval metrics as a module of Hugging Face `evaluate`.
 
-    import evaluate
-    metric = evaluate.load("evaluation/note_retrieval")
-    metric.compute(predictions=embeds, references=related, ks=[10, 100])
+import evaluate
+metric = evaluate.load("evaluation/note_retrieval")
+metric.compute(predictions=embeds, references=related, ks=[10, 100])
 """
 
 from collections.abc import Sequence

@@ -1,120 +1,212 @@
-"""Baselines: BM25 finds words, features of missing images are zero, and a head learns what it is shown."""
+"""The registry: each baseline asks for what it needs, gets it once, and gives the scores that its parts give."""
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from scipy.sparse import csr_array
 
-from evaluation.baselines import bm25_scores, encode_texts, note_text, pooled_image_features, tokenize
-from evaluation.head import ContrastiveHead, HeadSettings, train_head
+from evaluation import baselines
+from evaluation.baselines import BASELINES, BaselineInputs, NotesAndRelated, baseline_scores, check_baselines
+from evaluation.collaborative import item_cf_scores, popularity_scores
+from evaluation.encoders import normalized
+from evaluation.head import HeadSettings
+from evaluation.lexical import bm25_scores, note_text, tfidf_scores
 from evaluation.metrics import retrieval_metrics
 
-
-def test_note_text_takes_topics_as_list_or_string() -> None:
-    assert note_text({"title": "A", "topics": ["b", "c"], "content": "d"}) == "A\nb, c\nd"
-    assert note_text({"topics": "b, c", "image": "x.jpg"}) == "b, c"
-    assert note_text({"title": None, "topics": None, "content": "  "}) == ""
+HEAD = HeadSettings(hidden_dim=32, embedding_dim=16, steps=40, batch_pairs=64, eval_steps=20, learning_rate=5e-3)
+SHORT = replace(HEAD, steps=2)
 
 
-def test_tokens_are_lower_cased_words_of_any_script() -> None:
-    assert tokenize("Ärger, naïve_2 don't 花瓶abc ВАЗА") == ["ärger", "naïve_2", "don", "t", "花", "瓶", "abc", "ваза"]
-
-
-def test_bm25_ranks_shared_rare_words_first() -> None:
-    texts = ["a red vase", "a Blue VASE", "a blue chair", "a lamp", "", "a lamp of glass"]
-    scores = bm25_scores(texts)(0, len(texts))
-    assert scores.shape == (6, 6)
-    assert scores.dtype == np.float32
-    assert np.argmax(np.delete(scores[0], 0)) == 0  # the other vase
-    assert not scores[4].any() and not scores[:, 4].any()  # a text without words
-    np.testing.assert_array_equal(bm25_scores(texts)(2, 4), scores[2:4])
-    assert not bm25_scores(["", "!"])(0, 2).any()
-
-
-def test_encode_texts_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match=r"notellm2\[baselines\]"):
-        encode_texts("any", ["text"])
-
-
-@pytest.fixture(scope="module")
-def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    folder = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-def test_image_features_do_not_depend_on_the_batch_and_are_zero_without_image(vit_folder: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)) for _ in range(4)]
-    images[3].convert("L").save(tmp_path / "grey.png")
-    notes: list[dict[str, Any]] = [
-        {"image": images[0]},
-        {"image": None},
-        {"image": images[1]},
-        {"image": str(tmp_path / "grey.png")},
-    ]
-    features = pooled_image_features(vit_folder, notes, batch_size=2)
-    assert features.shape == (4, 16)
-    assert features.dtype == np.float32
-    assert [bool(row.any()) for row in features] == [True, False, True, True]
-    np.testing.assert_allclose(pooled_image_features(vit_folder, notes[2:], batch_size=1), features[2:], atol=1e-5)
-
-    with pytest.raises(ValueError, match="No note has an image"):
-        pooled_image_features(vit_folder, [{"title": "a"}])
-    (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"notes\[1\].image .*broken.jpg"):
-        pooled_image_features(vit_folder, [notes[0], {"image": str(tmp_path / "broken.jpg")}])
-
-
-def attribute_task(num_notes: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Related notes share one of 20 hidden attributes, which 4 of 24 features tell; the rest is noise."""
+def make_notes(count: int, seed: int) -> list[dict[str, Any]]:
+    """Notes of five hidden kinds; text and image each tell one of them now and then, and some notes lack one."""
     rng = np.random.default_rng(seed)
-    codes = np.random.default_rng(7).normal(size=(20, 4))
-    attributes = rng.integers(0, 20, num_notes)
-    features = rng.normal(size=(num_notes, 24))
-    features[:, :4] = codes[attributes] + 0.2 * rng.normal(size=(num_notes, 4))
-    related = [
-        np.flatnonzero((attributes == value) & (np.arange(num_notes) != i)) for i, value in enumerate(attributes)
-    ]
-    return features.astype(np.float32), related
+    notes: list[dict[str, Any]] = []
+    for number in range(count):
+        kind = int(rng.integers(5))
+        note: dict[str, Any] = {"note_id": f"{seed}-{number}", "kind": kind, "noise": rng.normal(size=(4, 8))}
+        if number % 7 != 1:
+            note["title"] = f"kind{kind} word{rng.integers(9)}"
+        if number % 5 != 2:
+            note["image"] = f"{kind}.jpg"
+        notes.append(note)
+    return notes
 
 
-def test_a_trained_head_beats_an_untrained_one_and_is_deterministic() -> None:
-    (train, train_related), (validation, validation_related) = attribute_task(300, 0), attribute_task(150, 1)
-    test, test_related = attribute_task(150, 2)
-    settings = HeadSettings(hidden_dim=64, embedding_dim=32, steps=80, batch_pairs=64, learning_rate=3e-3)
-    head = train_head(train, train_related, validation, validation_related, settings)
-    torch.manual_seed(0)
-    untrained = ContrastiveHead(train, settings)
-    recall = retrieval_metrics(head.encode(test), test_related, ks=(10,))["recall@10"]
-    untrained_recall = retrieval_metrics(untrained.encode(test), test_related, ks=(10,))["recall@10"]
-    assert recall > 2 * untrained_recall
-
-    torch.manual_seed(123)  # the global random state has no part in it, and is left as it was
-    state = torch.random.get_rng_state()
-    again = train_head(train, train_related, validation, validation_related, settings)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    np.testing.assert_array_equal(again.encode(test), head.encode(test))
-    np.testing.assert_allclose(np.linalg.norm(head.encode(test), axis=1), 1, atol=1e-5)
+def related_of(notes: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    kinds = np.array([note["kind"] for note in notes])
+    return [np.flatnonzero((kinds == kind) & (np.arange(len(kinds)) != place)) for place, kind in enumerate(kinds)]
 
 
-def test_head_refuses_what_it_cannot_train_on() -> None:
-    features, related = attribute_task(20, 0)
-    with pytest.raises(ValueError, match="train_related has no pair"):
-        train_head(features, [np.array([], dtype=np.int64)] * 20, features, related)
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        train_head(np.where(features > 1, np.nan, features), related, features, related)
+class FakeEncoder:
+    """In a frozen encoder's place: a noisy code of the kind, of unit length, zero without the field that it reads."""
+
+    made: list[tuple[str, str]] = []
+
+    def __init__(self, name: str, field: str, place: int, width: int, shared: float = 0.0) -> None:
+        self.name, self.field, self.place, self.width, self.shared = name, field, place, width, shared
+
+    def __call__(self, notes: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        FakeEncoder.made.append((self.name, notes[0]["note_id"]))
+        codes = np.random.default_rng(self.place).normal(size=(5, self.width))
+        vectors = [
+            (self.field in n) * (self.shared + codes[n["kind"]] + n["noise"][self.place, : self.width]) for n in notes
+        ]
+        return normalized(np.array(vectors)).astype(np.float32)
+
+
+class FakeDualEncoder:
+    def __init__(self, path: str, batch_size: int) -> None:
+        self.texts, self.images = FakeEncoder("clip-text", "title", 1, 8), FakeEncoder("clip-image", "image", 1, 8)
+
+
+@pytest.fixture
+def inputs(monkeypatch: pytest.MonkeyPatch) -> BaselineInputs:
+    FakeEncoder.made = []
+    monkeypatch.setattr(baselines, "TextEncoder", lambda path, batch_size: FakeEncoder("text", "title", 0, 6))
+    monkeypatch.setattr(baselines, "ImageEncoder", lambda path, batch_size: FakeEncoder("image", "image", 2, 7))
+    monkeypatch.setattr(baselines, "DualEncoder", FakeDualEncoder)
+    monkeypatch.setattr(baselines, "LLMEncoder", lambda path, language, size: FakeEncoder("llm", "title", 3, 8, 40.0))
+    notes, train, validation = make_notes(60, 0), make_notes(90, 1), make_notes(50, 2)
+    viewed = np.random.default_rng(3).random((60, 20)) < 0.2
+    return BaselineInputs(
+        notes,
+        text_encoder="t",
+        vision="v",
+        clip="c",
+        llm="l",
+        train=NotesAndRelated(train, related_of(train)),
+        validation=NotesAndRelated(validation, related_of(validation)),
+        viewers=csr_array(viewed.astype(np.int32)),
+        head=HEAD,
+    )
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_gives_finite_scores_of_all_notes(name: str, inputs: BaselineInputs) -> None:
+    inputs.head = SHORT
+    modality, scores, details = baseline_scores(name, inputs)
+    if isinstance(scores, np.ndarray):
+        assert scores.shape[0] == 60
+        scores = scores @ scores.T
+    else:
+        scores = scores(0, 60)
+    assert scores.shape == (60, 60)
+    assert np.isfinite(scores).all() and scores.std() > 0
+    num_texts, num_images = (sum(field in note for note in inputs.notes) for field in ("title", "image"))
+    num_either = sum("title" in note or "image" in note for note in inputs.notes)
+    blank = {"text": 60 - num_texts, "image": 60 - num_images, "both": 60 - num_either}
+    assert details == ({"cold_notes": 0} if modality == "-" else {"blank_notes": blank[modality]})
+    # What does not stand in `needs` is not needed.
+    fields = {field: getattr(inputs, field) for field in BASELINES[name].needs}
+    baseline_scores(name, BaselineInputs(inputs.notes, head=SHORT, **fields))
+
+
+def test_scores_are_those_of_the_parts(inputs: BaselineInputs) -> None:
+    texts = [note_text(note) for note in inputs.notes]
+    assert inputs.viewers is not None
+    for name, score in (
+        ("popularity", popularity_scores(inputs.viewers)),
+        ("item-cf", item_cf_scores(inputs.viewers)),
+        ("bm25", bm25_scores(texts)),
+        ("tfidf", tfidf_scores(texts)),
+    ):
+        found = baseline_scores(name, inputs).scores
+        assert not isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found(0, 60), score(0, 60))
+    for name, source in (("frozen-text", "text"), ("frozen-image", "image"), ("zero-shot-llm", "llm")):
+        np.testing.assert_allclose(baseline_scores(name, inputs).scores, inputs.features(source), atol=1e-6)
+
+
+def test_cold_notes_are_counted_and_said(inputs: BaselineInputs, caplog: pytest.LogCaptureFixture) -> None:
+    baseline_scores("item-cf", inputs)
+    assert not caplog.records
+    inputs.viewers = csr_array((60, 0), dtype=np.int32)  # a split by note
+    assert baseline_scores("item-cf", inputs).details == {"cold_notes": 60}
+    assert "item-cf: nobody viewed 60 of the 60 notes in training" in caplog.text
+
+
+def test_clip_sum_adds_both_sides_and_takes_the_other_where_one_is_missing(inputs: BaselineInputs) -> None:
+    summed = baseline_scores("clip-sum", inputs).scores
+    text, image = inputs.features("clip-text"), inputs.features("clip-image")
+    np.testing.assert_allclose(summed, normalized(text + image), atol=1e-6)
+    lacks_text = [position for position, note in enumerate(inputs.notes) if "title" not in note and "image" in note]
+    lacks_image = [position for position, note in enumerate(inputs.notes) if "image" not in note and "title" in note]
+    assert lacks_text and lacks_image
+    assert isinstance(summed, np.ndarray)
+    np.testing.assert_allclose(summed[lacks_text], image[lacks_text], atol=1e-6)
+    np.testing.assert_allclose(summed[lacks_image], text[lacks_image], atol=1e-6)
+    recall = {
+        name: retrieval_metrics(baseline_scores(name, inputs).scores, related_of(inputs.notes), (10,))["recall@10"]
+        for name in ("clip-sum", "clip-text", "clip-image")
+    }
+    assert recall["clip-sum"] > max(recall["clip-text"], recall["clip-image"])
+
+
+@pytest.mark.parametrize(
+    ("both", "alone"), [("head-both", ["head-text", "head-image"]), ("head-llm-both", ["head-llm", "head-image"])]
+)
+def test_heads_learn_from_what_stands_side_by_side(both: str, alone: list[str], inputs: BaselineInputs) -> None:
+    recall = {
+        name: retrieval_metrics(baseline_scores(name, inputs).scores, related_of(inputs.notes), (10,))["recall@10"]
+        for name in (both, *alone)
+    }
+    assert recall[both] > max(recall[name] for name in alone)
+
+
+def test_sides_have_the_same_spread_in_a_head(inputs: BaselineInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+
+    def keep(features: np.ndarray, *arguments: Any) -> Any:
+        seen.append(features)
+        return SimpleNamespace(encode=lambda features: features)
+
+    monkeypatch.setattr(baselines, "train_head", keep)
+    baseline_scores("head-llm-both", inputs)
+    assert inputs.train is not None
+    has_text = np.array(["title" in note for note in inputs.train.notes])
+    has_image = np.array(["image" in note for note in inputs.train.notes])
+    given = {"llm": inputs.features("llm", "train")[has_text], "image": inputs.features("image", "train")[has_image]}
+    shown = {"llm": seen[0][has_text, :8], "image": seen[0][has_image, 8:]}
+    spread = {name: np.sqrt(vectors.var(axis=0).sum()) for name, vectors in shown.items()}
+    assert spread == pytest.approx({"llm": 1.0, "image": 1.0}, abs=1e-5)
+    assert given["llm"].var(axis=0).sum() < 0.05 * given["image"].var(axis=0).sum()  # the control: as they came
+    assert not seen[0][~has_text, :8].any()
+
+
+def test_encoders_run_once_a_split_and_only_where_asked(inputs: BaselineInputs) -> None:
+    inputs.head = SHORT
+    baseline_scores("frozen-text", inputs)
+    assert FakeEncoder.made == [("text", "0-0")]
+    for name in ("head-text", "head-both", "frozen-image"):
+        baseline_scores(name, inputs)
+    assert sorted(FakeEncoder.made) == [(name, f"{split}-0") for name in ("image", "text") for split in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unknown", "baselines has 'unknown': choose from popularity, item-cf"),
+        ("popularity", r"'popularity' needs viewers \(--train-views\): give it"),
+        ("frozen-text", r"'frozen-text' needs text_encoder \(--text-encoder\)"),
+        ("clip-sum", r"'clip-sum' needs clip \(--clip\)"),
+        ("zero-shot-llm", r"'zero-shot-llm' needs llm \(--llm\)"),
+        ("head-llm-both", r"llm \(--llm\), vision \(--vision\), train \(--train\), validation \(--validation\)"),
+    ],
+)
+def test_what_is_missing_is_named(name: str, message: str) -> None:
+    inputs = BaselineInputs(make_notes(3, 0))
+    for check in (lambda: check_baselines(["bm25", name], inputs), lambda: baseline_scores(name, inputs)):
+        with pytest.raises(ValueError, match=message):
+            check()
+
+
+def test_features_and_viewers_that_do_not_fit_are_refused(inputs: BaselineInputs) -> None:
+    with pytest.raises(ValueError, match=r"Features 'llm' needs llm \(--llm\), train \(--train\)"):
+        BaselineInputs(inputs.notes).features("llm", "train")
+    inputs.viewers = csr_array((59, 3), dtype=np.int32)
+    with pytest.raises(ValueError, match="viewers has 59 rows for 60 notes"):
+        check_baselines(["popularity"], inputs)

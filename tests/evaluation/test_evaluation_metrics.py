@@ -91,7 +91,7 @@ def test_embeddings_are_scored_by_dot_product_whatever_the_chunk_size() -> None:
 
 @pytest.mark.parametrize("tile", [5, 64, 4096])
 def test_tiles_of_float32_give_the_exact_ranks(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores that float32 products cannot tell apart: the float64 products rounded to float32 decide, then the place."""
+    """Scores that float32 products cannot tell apart: float64 products rounded to float32 decide, then the place."""
     monkeypatch.setattr(metrics, "TILE_COLUMNS", tile)
     rng = np.random.default_rng(4)
     num_notes = 120

@@ -1,15 +1,42 @@
-"""Modalities: what is dropped, and what becomes of a note with nothing left."""
+"""Modalities: what is dropped, what becomes of a note with nothing left, and what is said of models that are known to
+read the one, the other or both."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from evaluation.baselines import note_text
-from evaluation.modality import encode_with_modality, with_modality
-from train.features import VisionFeatureTable
+from evaluation.lexical import note_text
+from evaluation.metrics import chance_metrics, rank_related
+from evaluation.modality import (
+    ALL_PAIRS,
+    CONDITIONS,
+    Reliance,
+    Swap,
+    asymmetric_scores,
+    conclude,
+    draw_donors,
+    encode_with_modality,
+    fusion_weights,
+    plot_fusion_weights,
+    reliance,
+    reliance_tables,
+    say_alone,
+    say_swap,
+    say_use,
+    with_fields_of_others,
+    with_modality,
+)
+from modeling_notellm2 import NoteLLM2Model
+from tests.backbones import random_picture
+from train.features import VisionFeatureStore, VisionFeatureTable
 
 NOTES: list[dict[str, Any]] = [
     {"note_id": "a", "title": "Vase", "topics": ["glass"], "content": "Blue.", "image": "a.jpg"},
@@ -61,3 +88,323 @@ def test_blank_notes_get_a_zero_embedding_and_are_counted(modality: Any, blank: 
 def test_a_modality_that_no_note_has_is_refused() -> None:
     with pytest.raises(ValueError, match="'image'.*columns"):
         encode_with_modality(LengthModel(), NOTES[2:], "image")
+
+
+# Sixteen kinds of notes, five of each: a text "t0" … "t3" and a picture "p0" … "p3" make a kind, and notes of a kind
+# are related.
+KINDS = np.repeat(np.arange(16), 5)
+WORLD: list[dict[str, Any]] = [
+    {"note_id": str(number), "title": f"t{kind // 4}", "image": f"p{kind % 4}"} for number, kind in enumerate(KINDS)
+]
+RELATED = [np.setdiff1d(np.flatnonzero(KINDS == kind), number) for number, kind in enumerate(KINDS)]
+
+
+class SignalModel:
+    """A vector for a text, one for a picture, each by its weight, and some noise of each note's own."""
+
+    config = SimpleNamespace(vision_config="any")
+
+    def __init__(self, text: float, image: float, noise: float = 0.05) -> None:
+        self.text, self.image, self.noise = text, image, noise
+        self.calls = 0
+
+    def encode(
+        self,
+        notes: Sequence[Mapping[str, Any]],
+        *,
+        batch_size: int,
+        show_progress_bar: bool,
+        vision_features: VisionFeatureTable | None = None,
+    ) -> np.ndarray:
+        self.calls += 1
+        embeds = np.zeros((len(notes), 24), dtype=np.float32)
+        for row, note in zip(embeds, notes, strict=True):
+            if text := note_text(note):
+                row[int(text[1:])] += self.text
+            if image := note.get("image"):
+                row[8 + int(image[1:])] += self.image
+            row[16:] = self.noise * np.random.default_rng(int(note["note_id"])).normal(size=8)
+        return embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+
+
+def measure(model: Any, **settings: Any) -> Reliance:
+    return reliance(model, WORLD, RELATED, ks=(4, 20), **settings)
+
+
+def test_a_model_of_both_uses_both_and_each_alone_finds_part() -> None:
+    model = SignalModel(1.0, 1.0)
+    found = measure(model)
+    assert model.calls == 5
+    assert list(found.per_query) == [ALL_PAIRS] and tuple(found.per_query[ALL_PAIRS]) == CONDITIONS
+    assert found.metrics("both")["recall@4"] == 1.0
+    for condition in CONDITIONS[1:]:
+        assert found.metrics(condition)["recall@4"] < 0.6
+        assert found.change(condition).high < 0 and found.change(condition).queries == 80
+    # With the text alone every fourth kind looks the same: 4 of the 19 notes that share a text are related.
+    assert found.metrics("text")["recall@4"] == pytest.approx(4 / 19, abs=0.08)
+    assert found.metrics("text")["recall@20"] > 0.99
+    assert found.blank_notes == {"both": 0, "text": 0, "image": 0}
+    assert found.fusion_weights is None
+    use, alone, use_text, alone_text, swap, swap_text = found.conclusion
+    assert use.startswith("Without images recall@4 falls from 1.0000 to 0.") and use.endswith("uses its images.")
+    assert alone.startswith("The image alone reaches") and alone.endswith("more than chance.")
+    assert use_text.endswith("uses its text.") and alone_text.endswith("more than chance.")
+    assert swap.endswith("neither more than the other.") and swap_text.endswith("neither more than the other.")
+
+
+def test_embeddings_that_are_known_are_not_made_again() -> None:
+    model, expected = SignalModel(1.0, 1.0), measure(SignalModel(1.0, 1.0))
+    embeds = {modality: encode_with_modality(model, WORLD, modality)[0] for modality in ("both", "text", "image")}
+    found = measure(model, embeds=embeds)
+    assert model.calls == 5
+    assert found.conclusion == expected.conclusion
+    embeds["text"] = np.random.default_rng(0).normal(size=embeds["text"].shape).astype(np.float32)
+    assert measure(model, embeds=embeds).metrics("text") != expected.metrics("text")  # control: they are used
+
+
+def test_a_model_that_ignores_images_neglects_them() -> None:
+    found = measure(SignalModel(1.0, 0.0))
+    values = found.per_query[ALL_PAIRS]
+    for condition in ("text", "image shuffled", "image swapped"):
+        for name in values["both"]:
+            np.testing.assert_array_equal(values[condition][name], values["both"][name])
+    for condition in ("image", "text shuffled", "text swapped"):  # the control
+        assert found.change(condition).high < 0
+    assert found.conclusion[0].startswith("Without images recall@4 stays at")
+    assert found.conclusion[0].endswith("(+0.0 %, 95 % interval +0.0 % … +0.0 %): the model neglects them.")
+    assert found.conclusion[1].endswith("no more than chance.")
+    assert found.conclusion[4].endswith("it follows the text.") and found.conclusion[5].endswith("follows the text.")
+
+
+def test_a_model_of_images_alone_follows_the_swapped_picture() -> None:
+    found = measure(SignalModel(0.0, 1.0))
+    assert found.conclusion[2].endswith("the model neglects it.")
+    assert found.conclusion[4].endswith("it follows the image.") and found.conclusion[5].endswith("follows the image.")
+    # It asks with the other note's picture, and so finds what that note finds: 4 of 19.
+    swap = found.swaps["image"]
+    assert swap.other["recall@20"].mean() > 0.99
+    assert swap.own["recall@20"].mean() < 0.6  # only where the two pictures happen to be the same
+    assert found.swaps["text"].own["recall@20"].mean() > 0.99
+
+
+def test_images_that_mislead_harm() -> None:
+    """Pictures of the wrong kind, the same ones in every run: the notes are related by their text."""
+    kinds = np.repeat(np.arange(4), 20)
+    rng = np.random.default_rng(0)
+    notes = [{"note_id": str(n), "title": f"t{kind}", "image": f"p{rng.integers(4)}"} for n, kind in enumerate(kinds)]
+    related = [np.setdiff1d(np.flatnonzero(kinds == kind), n) for n, kind in enumerate(kinds)]
+    found = reliance(SignalModel(1.0, 2.0), notes, related, ks=(20,))
+    assert found.conclusion[0].startswith("Without images recall@20 rises from")
+    assert found.conclusion[0].endswith("they harm the model.")
+    assert found.conclusion[1].endswith("no more than chance.")
+
+
+QUERIES = np.random.default_rng(0).random(400)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (np.full(400, -0.2), "falls from .*: the model uses its images."),
+        (np.full(400, 0.2), "rises from .*: they harm the model."),
+        (np.full(400, -0.01), "falls from .*: the model uses its images, but little."),
+        (np.full(400, 0.01), "rises from .*: they harm the model, but little."),
+        (np.zeros(400), "stays at .*: the model neglects them."),
+        (np.resize([0.05, -0.05], 400), "the model neglects them."),
+        (np.resize([0.5, -0.5], 400), ": 400 queries are too few to tell whether it uses them."),
+    ],
+)
+def test_the_rule_of_use(change: np.ndarray, verdict: str) -> None:
+    sentence = say_use("images", QUERIES, QUERIES + change, "mrr")
+    assert sentence.startswith("Without images mrr ")
+    assert re.search(verdict, sentence)
+    assert f"({100 * change.mean() / QUERIES.mean():+.1f} %".replace("-", "−") in sentence
+
+
+def test_the_rule_speaks_of_the_text_too() -> None:
+    assert say_use("text", QUERIES, QUERIES + 0.2, "mrr").endswith("it harms the model.")
+    assert say_use("text", QUERIES, QUERIES - 0.2, "mrr").endswith("the model uses its text.")
+
+
+@pytest.mark.parametrize(("chance", "verdict"), [(0.1, "more"), (0.53, "no more"), (0.9, "less")])
+def test_the_rule_of_one_modality_alone(chance: float, verdict: str) -> None:
+    assert say_alone("image", QUERIES, chance, "mrr").endswith(f"chance {chance:.4f}): {verdict} than chance.")
+
+
+@pytest.mark.parametrize(
+    ("more", "verdict"), [(0.3, "the image"), (-0.3, "the text"), (0.0, "neither more than the other")]
+)
+def test_the_rule_of_swapped_queries(more: float, verdict: str) -> None:
+    swap = Swap({"mrr": QUERIES}, {"mrr": QUERIES + more})
+    assert say_swap(swap, "image", "mrr").endswith(f"it follows {verdict}.")
+
+
+def test_of_a_model_that_finds_nothing_nothing_is_concluded() -> None:
+    none = np.zeros(9)
+    (sentence,) = conclude({"both": none, "text": none, "image": none}, 0.1, "recall@10")
+    assert sentence.endswith("cannot be told.")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_donors_are_others_each_once(seed: int) -> None:
+    has_image = np.random.default_rng(seed).random(50) < 0.6
+    donors = draw_donors(has_image, np.random.default_rng(seed), "an image")
+    np.testing.assert_array_equal(donors == np.arange(50), ~has_image)
+    assert sorted(donors) == list(range(50))
+    np.testing.assert_array_equal(donors, draw_donors(has_image, np.random.default_rng(seed), "an image"))
+    assert (donors != draw_donors(has_image, np.random.default_rng(seed + 1), "an image")).any()  # control
+
+
+def test_all_text_fields_come_from_the_donor() -> None:
+    mixed = with_fields_of_others(NOTES, np.array([2, 1, 0]), ("title", "topics", "content"))
+    assert mixed[0] == {"note_id": "a", "content": "No picture.", "image": "a.jpg"}
+    assert mixed[1] == NOTES[1]
+    assert mixed[2] == {"note_id": "c", "title": "Vase", "topics": ["glass"], "content": "Blue.", "image": None}
+
+
+def test_asymmetric_scores_rank_as_embeddings_do_where_queries_are_the_pool() -> None:
+    rng = np.random.default_rng(0)
+    embeds, others = rng.normal(size=(2, 80, 16)).astype(np.float32)
+    embeds[40:50] = embeds[0]  # ties
+    expected = rank_related(embeds, RELATED).rank
+    np.testing.assert_array_equal(rank_related(asymmetric_scores(embeds, embeds), RELATED).rank, expected)
+    swapped = rank_related(asymmetric_scores(others, embeds), RELATED).rank
+    assert (swapped != expected).any()  # control
+    row = others[3].astype(np.float64) @ embeds.T.astype(np.float64)
+    row[3] = -np.inf
+    np.testing.assert_array_equal(
+        swapped[rank_related(embeds, RELATED).query == 3], [1 + (row > row[target]).sum() for target in RELATED[3]]
+    )
+
+
+def test_swapped_queries_leave_out_both_notes_that_they_are_made_of() -> None:
+    """Recounted one by one, with candidates."""
+    model, candidates = SignalModel(1.0, 0.9, noise=0.3), np.ones(80, dtype=bool)
+    candidates[::5] = False
+    related = [positions[candidates[positions]] for positions in RELATED]
+    found = reliance(model, WORLD, related, ks=(4,), candidates=candidates, seed=3)
+    donors = draw_donors(np.ones(80, dtype=bool), np.random.default_rng(3), "an image")
+    encode = {"batch_size": 32, "show_progress_bar": False}
+    pool = model.encode(WORLD, **encode)
+    queries = model.encode(with_fields_of_others(WORLD, donors, ("image",)), **encode)
+    own, other = [], []
+    for query, donor in enumerate(donors):
+        order = [n for n in np.argsort(-(queries[query] @ pool.T)) if candidates[n] and n not in (query, donor)]
+        wanted = [np.setdiff1d(related[query], donor), np.setdiff1d(related[donor], query)]
+        own.append(np.isin(order[:4], wanted[0]).sum() / len(wanted[0]))
+        other.append(np.isin(order[:4], wanted[1]).sum() / len(wanted[1]))
+    np.testing.assert_allclose(found.swaps["image"].own["recall@4"], own)
+    np.testing.assert_allclose(found.swaps["image"].other["recall@4"], other)
+    assert found.swaps["image"].own["recall@4"].mean() != found.metrics("image swapped")["recall@4"]  # control
+    assert found.chance == chance_metrics(related, (4,), candidates) != chance_metrics(related, (4,))
+
+
+def test_a_swap_that_leaves_nothing_to_find_is_left_out() -> None:
+    related = [np.array([], dtype=np.int64) for _ in range(4)]
+    related[0], related[1] = np.array([1]), np.array([0])
+    notes = [WORLD[0], WORLD[1], {**WORLD[2], "image": None}, {**WORLD[3], "image": None}]
+    found = reliance(SignalModel(1.0, 1.0), notes, related, ks=(1,))
+    assert "image" not in found.swaps  # 0 and 1 get each other's picture, and neither may find the other
+    assert found.blank_notes == {"both": 0, "text": 0, "image": 2}
+
+
+def test_slices_are_measured_alone_in_whole_pools() -> None:
+    model = SignalModel(1.0, 0.9, noise=0.3)
+    query = np.repeat(np.arange(80), 4)
+    mask = query % 3 == 0
+    found = measure(model, slices={"third": mask})
+    assert list(found.per_query) == [ALL_PAIRS, "third"]
+    for condition in CONDITIONS:
+        whole = found.per_query[ALL_PAIRS][condition]["ndcg@4"]
+        np.testing.assert_array_equal(found.per_query["third"][condition]["ndcg@4"], whole[::3])
+    assert found.metrics("text", "third") != found.metrics("text")  # control
+    assert found.change("text", "third").queries == 27
+    with pytest.raises(ValueError, match=r"slices\['third'\] has shape \(80,\).*pair_slices"):
+        measure(model, slices={"third": np.ones(80, dtype=bool)})
+    with pytest.raises(ValueError, match="0 pairs"):
+        measure(model, slices={"none": np.zeros(320, dtype=bool)})
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 of 3 notes have a text.*exchange takes two"):
+        reliance(SignalModel(1.0, 1.0), [{**WORLD[0]}, *({"image": "p0"},) * 2], [np.array([1]), *[np.array([])] * 2])
+    model = SignalModel(1.0, 0.0)
+    model.config = SimpleNamespace(vision_config=None)
+    with pytest.raises(ValueError, match="vision_config is None"):
+        measure(model)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_fusion_weights_are_those_of_forward(
+    compose: Callable[..., NoteLLM2Model], notes: list[dict[str, Any]], tmp_path: Path, gate: str
+) -> None:
+    model = compose(late_fusion=gate)
+    notes = notes + [{**note, "image": random_picture(9 + row)} for row, note in enumerate(notes)]
+    with torch.no_grad():
+        weight = model(**model.processor(notes)).fusion_weight.mean(1).numpy()
+    expected = weight[[note.get("image") is not None for note in notes]]
+    assert len(expected) == 11 and len(np.unique(expected)) == 11  # control: no order can be mixed up unseen
+    np.testing.assert_allclose(fusion_weights(model, notes, batch_size=4), expected, atol=1e-6)
+    features = VisionFeatureStore(tmp_path, model).table(notes)
+    np.testing.assert_allclose(fusion_weights(model, notes, 3, features), expected, atol=1e-6)
+    assert not model.training
+
+
+def test_reliance_of_a_real_model_is_the_same_with_kept_features(
+    compose: Callable[..., NoteLLM2Model], tmp_path: Path
+) -> None:
+    """Where every note has one text and a picture of its own, embeddings go with the pictures."""
+    model = compose(processor={"prompt": "text"}, connector=None, late_fusion_initial_weight=0.9)
+    notes = [{"note_id": str(n), "title": f"oak shelf {n % 3}", "image": random_picture(n)} for n in range(24)]
+    related = [np.array([(row + 1) % 24, (row + 5) % 24]) for row in range(24)]
+    found = reliance(model, notes, related, ks=(2, 5), batch_size=4, seed=1)
+    features = VisionFeatureStore(tmp_path, model).table(notes)
+    kept = reliance(model, notes, related, ks=(2, 5), batch_size=4, vision_features=features, seed=1)
+    for condition in CONDITIONS:
+        for name, values in found.per_query[ALL_PAIRS][condition].items():
+            np.testing.assert_array_equal(kept.per_query[ALL_PAIRS][condition][name], values)
+    whole = found.per_query[ALL_PAIRS]
+    for condition in CONDITIONS[1:]:  # control: every condition is another one
+        assert (whole[condition]["mrr"] != whole["both"]["mrr"]).any()
+    assert found.conclusion == kept.conclusion
+    assert found.fusion_weights is not None and kept.fusion_weights is not None
+    np.testing.assert_allclose(kept.fusion_weights, found.fusion_weights, atol=1e-6)
+    weights = reliance_tables(found)[-1]
+    assert weights.rows[0][:2] == [24, float(found.fusion_weights.mean())]
+
+
+def test_notes_of_every_kind_with_a_real_model(shared_tiny_model: NoteLLM2Model, notes: list[dict[str, Any]]) -> None:
+    related = [np.array([(row + 1) % len(notes)]) for row in range(len(notes))]
+    found = reliance(shared_tiny_model, notes, related, ks=(2,), batch_size=4)
+    assert found.fusion_weights is not None and len(found.fusion_weights) == 5
+    assert found.blank_notes == {"both": 0, "text": 1, "image": 1}
+    assert all(len(values["recall@2"]) == 6 for values in found.per_query[ALL_PAIRS].values())
+
+
+def test_no_late_fusion_no_weights(compose: Callable[..., NoteLLM2Model], notes: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="late_fusion=None"):
+        fusion_weights(compose(late_fusion=None), notes)
+
+
+def test_tables_of_a_report() -> None:
+    found = measure(SignalModel(1.0, 1.0), slices={"half": np.arange(320) < 160})
+    main, swaps, slices = reliance_tables(found)  # a stub has no fusion weights
+    assert [row[0] for row in main.rows] == [*CONDITIONS, "chance"]
+    assert main.columns[1:4] == ["recall@4", "ndcg@4", "hit_rate@4"] and main.columns[-4:][0] == "change"
+    assert main.rows[0][-4:] == [None] * 4
+    assert main.rows[1][1] == found.metrics("text")["recall@4"]
+    assert main.rows[1][-4] == pytest.approx(main.rows[1][1] - main.rows[0][1])
+    assert main.rows[1][-3] < main.rows[1][-4] < main.rows[1][-2] < 0 and main.rows[1][-1].startswith("−")
+    assert [row[:2] for row in swaps.rows] == [["image", 80], ["text", 80]]
+    assert slices.rows[0][:3] == ["half", 40, found.metrics("both", "half")["recall@4"]]
+
+
+@pytest.mark.parametrize("weights", [np.random.default_rng(0).beta(2, 8, 500), np.full(9, 0.1), np.array([1.0])])
+def test_the_plot_of_weights_counts_all_notes(weights: np.ndarray) -> None:
+    figure = plot_fusion_weights(weights)
+    assert sum(patch.get_height() for patch in figure.axes[0].patches) == len(weights)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    assert Image.open(buffer).size[0] == 1200
+    with pytest.raises(ValueError, match="weights is empty"):
+        plot_fusion_weights(np.zeros(0))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from evaluation import run
-from evaluation.baselines import note_text
+from evaluation import baselines, run
+from evaluation.lexical import note_text
 from pairs.tables import write_table
 from train.features import VisionFeatureTable
 
@@ -88,19 +88,19 @@ def test_a_model_that_reads_text_alone_gets_one_row(folder: Path) -> None:
 def test_heads_train_on_the_folders_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen encoders are replaced: what is tested is which features reach which head."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(run, "encode_texts", lambda path, texts, batch: rng.normal(size=(len(texts), 6)))
+    monkeypatch.setattr(baselines, "TextEncoder", lambda path, size: lambda notes: rng.normal(size=(len(notes), 6)))
     monkeypatch.setattr(
-        run,
-        "pooled_image_features",
-        lambda path, notes, batch: 3 * ColourModel().encode(notes, batch_size=1, show_progress_bar=False),
+        baselines,
+        "ImageEncoder",
+        lambda path, size: lambda notes: ColourModel().encode(notes, batch_size=1, show_progress_bar=False),
     )
-    baselines = ["head-both", "head-text", "head-image", "frozen-image"]
+    names = ["head-both", "head-text", "head-image", "frozen-image"]
     needed = ["--train", str(folder), "--validation", str(folder), "--text-encoder", "t", "--vision", "v"]
     needed += ["--head-steps", "40"]
-    run.main(arguments(folder, "--baselines", *baselines, *needed))
+    run.main(arguments(folder, "--baselines", *names, *needed))
     report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
     recall = {row["system"]: row["metrics"]["recall@4"] for row in report["rows"]}
-    assert list(recall) == baselines
+    assert list(recall) == names
     assert recall["head-image"] == recall["frozen-image"] == 1.0
     assert recall["head-both"] > recall["head-text"]
 

@@ -79,6 +79,9 @@ def test_same_seed_same_model(arguments: Callable[..., CompositionArguments]):
         ({"num_text_layers": 9}, "num_text_layers=9"),
         ({"qformer_hidden_size": 100}, "qformer_hidden_size=100"),
         ({"late_fusion_initial_weight": 1.0}, "late_fusion_initial_weight=1.0"),
+        ({"multimodal_llm": "one"}, "multimodal_llm='one' with llm="),
+        ({"multimodal_llm": "one", "llm": None, "vision": "", "num_text_layers": 3}, "num_text_layers=3"),
+        ({"max_image_pixels": 900}, "max_image_pixels=900 without multimodal_llm"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, message: str, arguments: Callable[..., CompositionArguments]):
@@ -89,6 +92,23 @@ def test_bad_settings_are_named(settings: dict, message: str, arguments: Callabl
 def test_a_checkpoint_of_another_model_is_refused(llm_folder: Callable[[str], Path]):
     with pytest.raises(ValueError, match="is a LlamaModel: give a NoteLLM-2 checkpoint"):
         compose(CompositionArguments(model=str(llm_folder("llama"))))
+
+
+@pytest.mark.parametrize("name", ["blip-2", "qwen3_vl"])
+def test_a_multimodal_llm_takes_the_place_of_both_backbones(
+    name: str, multimodal_llm_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = str(multimodal_llm_folder(name))
+    main(["--multimodal_llm", folder, "--output", str(tmp_path), "--embedding_dim", "8", "--max_content_tokens", "5"])
+    assert "hub.verify" not in capsys.readouterr().out  # its code cannot go with it
+    arguments = CompositionArguments(multimodal_llm=folder, embedding_dim=8, max_content_tokens=5)
+    notes = [NOTE, {"content": "a blue hat and red shoes " * 5}]
+    expected = compose(arguments).encode(notes)
+    loaded = compose(CompositionArguments(model=str(tmp_path)))
+    np.testing.assert_allclose(loaded.encode(notes), expected, atol=1e-5)
+    assert loaded.processor.max_content_tokens == 5
+    other = compose(CompositionArguments(multimodal_llm=folder, embedding_dim=8, composition_seed=1)).encode(notes)
+    assert np.abs(other - expected).max() > 1e-3
 
 
 def test_command_ends_with_a_message_not_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

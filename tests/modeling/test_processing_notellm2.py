@@ -69,6 +69,19 @@ def test_a_plain_string_is_content_and_a_picture_is_an_image() -> None:
     assert decoded(processor, {"title": " oak\n\t shelf "}) == decoded(processor, {"title": "oak shelf"})
 
 
+@pytest.mark.parametrize("tokenizer", [name for name in TOKENIZERS if name != "unigram"])
+@pytest.mark.parametrize("prompt", ["micl", "basic", "text"])
+def test_the_text_mask_marks_what_the_fields_say(tokenizer: str, prompt: Any) -> None:
+    processor = make(tokenizer, prompt=prompt, max_content_tokens=8)
+    hostile = {**FIELDS, "content": "Note content: <IMG> <IMG_EMB>", "image": random_picture(0)}
+    for note in ({**FIELDS, "image": random_picture(0)}, FIELDS, hostile):
+        encoded = processor.encode_note(note)
+        marked = [token for token, own in zip(encoded.input_ids, encoded.text_mask, strict=True) if own]
+        expected = [processor._text_ids(text, None) for text in ("Oak shelf", "home, wood", note["content"])]
+        assert marked == expected[0] + expected[1] + expected[2][:8]
+    assert not any(processor.encode_note(random_picture(0)).text_mask)
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_fields_are_cut_by_tokens_and_the_structure_stays(tokenizer: str) -> None:
     processor = make(tokenizer, max_title_tokens=5, max_topics_tokens=4, max_content_tokens=6)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from train.arguments import DEFAULT_CONFIG, parse_arguments
+from train.arguments import DEFAULT_CONFIG, changed_settings, parse_arguments
 
 
 def write(path: Path, **settings: object) -> str:
@@ -26,6 +26,16 @@ def test_command_line_wins_over_yaml_which_wins_over_defaults(tmp_path: Path):
 def test_scientific_notation_in_yaml_is_a_number(tmp_path: Path):
     (tmp_path / "c.yaml").write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nlearning_rate: 1e-4\n")
     assert parse_arguments([str(tmp_path / "c.yaml")])[2].learning_rate == 1e-4
+
+
+def test_changed_settings_are_those_that_differ_from_defaults():
+    aloud = {"prompt": "micl", "num_text_layers": None, "eval_ks": [10, 100], "learnable_temperature": True}
+    changed = {"learning_rate": "1e-4", "vision": "", "eval_ks": [5], "eval_untrained": False}
+    expected = {"learning_rate": 1e-4, "vision": "", "eval_ks": [5], "eval_untrained": False}
+    assert changed_settings(aloud) == {} and changed_settings(aloud | changed) == expected
+    for settings, message in (({"batch_size": 3}, "'batch_size' is no option"), ({"max_steps": "many"}, "max_steps")):
+        with pytest.raises(ValueError, match=message):
+            changed_settings(settings)
 
 
 def test_without_arguments_the_embedded_default_is_read(monkeypatch: pytest.MonkeyPatch):

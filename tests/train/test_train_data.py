@@ -116,6 +116,28 @@ def test_withheld_text_and_image(splits: dict[str, NotesAndPairs], build_model: 
     assert has_image == {0: False, 1: True, 2: True, 3: False}
 
 
+def test_withheld_texts_reach_the_batch(splits: dict[str, NotesAndPairs], build_model: BuildModel):
+    dataset, processor = PairDataset(*splits["train"]), build_model().processor
+    collate = PlanCollator(NoteReader(dataset.notes, processor), dataset.related)
+    batch = collate([plan_of([0, 1, 2, 3], text=[True, False, False, True])])
+    lengths = dict(
+        zip(batch["places"].tolist(), batch["mini_batches"][0]["attention_mask"].sum(1).tolist(), strict=True)
+    )
+    blank = len(processor.encode_note({"image": dataset.notes[0]["image"]}).input_ids)
+    assert lengths[0] == lengths[3] == blank < min(lengths[1], lengths[2])
+
+
+def test_covers_and_log_q_reach_the_targets(splits: dict[str, NotesAndPairs], build_model: BuildModel):
+    dataset = PairDataset(*splits["train"])
+    reader = NoteReader(dataset.notes, build_model().processor)
+    groups, log_q = np.arange(len(dataset.notes)) // 2, -np.arange(len(dataset.notes), dtype=np.float32)
+    plan = plan_of([4, 5, 8, 2])
+    targets = PlanCollator(reader, dataset.related, image_groups=groups, log_q=log_q)([plan])["targets"]
+    assert targets["groups"].tolist() == [2, 2, 4, 1] and targets["log_q"].tolist() == [-4, -5, -8, -2]
+    plain = PlanCollator(reader, dataset.related)([plan])["targets"]
+    assert plain["log_q"] is None and len(set(plain["groups"].tolist())) == 4  # control: each note is its own cover
+
+
 def test_a_note_that_has_nothing_else_keeps_its_text_or_image(
     splits: dict[str, NotesAndPairs], build_model: BuildModel
 ):

@@ -67,6 +67,17 @@ def test_few_candidates_leave_gaps(build_model: BuildModel, splits: dict[str, No
     assert found.shape == (len(dataset.notes), 200) and (found[:, -1] == -1).all() and (found[:, 0] >= 0).all()
 
 
+def test_notes_with_one_cover_are_left_out(build_model: BuildModel, splits: dict[str, NotesAndPairs]):
+    model, dataset = build_model(), PairDataset(*splits["train"])
+    reader = NoteReader(dataset.notes, model.processor)
+    groups = np.arange(len(dataset.notes)) // 8  # eight notes a cover
+    found = mine_hard_negatives(model, reader, dataset.related, 4, 1.0, groups, show_progress_bar=False)
+    same = groups[found] == groups[:, None]
+    assert not same[found >= 0].any() and (found >= 0).all()
+    alone = mine_hard_negatives(model, reader, dataset.related, 4, 1.0, show_progress_bar=False)
+    assert (groups[alone] == groups[:, None]).any()  # control
+
+
 def mine_a_share(splits_folder: Path, backbones: tiny.Backbones, folder: Path) -> None:
     distributed.init_process_group("gloo")
     negatives.ROWS_AT_ONCE = 7

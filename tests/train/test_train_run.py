@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from pairs.tables import load_notes
 from train.run import main
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "paper").glob("*.yaml")])
+# The tiny model of the kind that a recipe names.
+MULTIMODAL_LLMS = {"blip2": "blip-2", "qwen_vl": "qwen2_vl"}
 FAST = [
     *("--use_cpu", "--disable_tqdm", "True", "--report_to", "none", "--per_device_train_batch_size", "4"),
     *("--qformer_layers", "1", "--qformer_hidden_size", "64", "--num_visual_tokens", "2", "--eval_steps", "1"),
@@ -51,20 +54,48 @@ def test_default_runs_from_simulation_to_a_checkpoint_that_stands_alone(
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_trains_a_step(config: Path, world_folder: Path, backbones: tuple[Path, Path], tmp_path: Path):
-    output = tmp_path / "run"
+def test_every_recipe_trains_a_step(
+    config: Path,
+    world_folder: Path,
+    backbones: tuple[Path, Path],
+    multimodal_llm_folder: Callable[[str], Path],
+    tmp_path: Path,
+):
+    output, settings = tmp_path / "run", yaml.safe_load(config.read_text())
     data = ["--notes", str(world_folder / "notes.jsonl"), "--views", str(world_folder / "views.csv")]
-    layers = ["--num_text_layers", "1", "--lora_target_modules", "all-linear", "--pair_min_count", "1"]
-    parts = ["--llm", str(backbones[0]), "--vision", str(backbones[1])]
-    main([str(config), *FAST, *data, *parts, *layers, "--output_dir", str(output), "--max_steps", "1"])
-    embeds = AutoModel.from_pretrained(output).encode([{"title": "one"}, {"title": "two"}])
+    options = ["--lora_target_modules", "all-linear", "--pair_min_count", "1"]
+    if "multimodal_llm" in settings:
+        parts = ["--multimodal_llm", str(multimodal_llm_folder(MULTIMODAL_LLMS[config.stem]))]
+    else:
+        parts = ["--num_text_layers", "1", "--llm", str(backbones[0])]
+        if settings.get("vision") != "":  # the text-only recipe has none
+            parts += ["--vision", str(backbones[1])]
+    main([str(config), *FAST, *data, *parts, *options, "--output_dir", str(output), "--max_steps", "1"])
+    model = AutoModel.from_pretrained(output)
+    embeds = model.encode([{"title": "one"}, {"title": "two"}])
     assert np.isfinite(embeds).all() and np.abs(embeds[0] - embeds[1]).max() > 0
+    rows = json.loads((output / "report" / "report.json").read_text())["rows"]
+    modalities = {"both", "text", "image"} if model.config.has_vision else {"text"}
+    assert {row["modality"] for row in rows if row["system"] == "trained"} == modalities
+
+
+def test_recipes_of_the_paper_are_its_systems():
+    """Each differs from the others in what it is named for."""
+    found = {}
+    for config in (ROOT / "configs" / "paper").glob("*.yaml"):
+        settings = yaml.safe_load(config.read_text())
+        assert (settings["llm_tuning"], settings["learning_rate"], settings["embedding_dim"]) == ("full", 3e-6, 64)
+        names = ("llm", "vision", "multimodal_llm", "prompt", "late_fusion")
+        found[config.stem] = tuple(settings.get(name) for name in names)
+    assert len(set(found.values())) == len(found) == 11
+    assert {found[name][3:] for name in found if name.endswith("_notellm2")} == {("micl", "vector")}
+    assert {found[name][3:] for name in found if name.endswith("_base")} == {("basic", "none")}
 
 
 @pytest.mark.parametrize("name", ["movies", "rooms"])
 def test_recipes_adapt_the_last_ten_layers(name: str):
     """Their pattern is written for the thirty layers of SmolLM2-135M, which the tests above do not have."""
-    pattern = yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())["lora_target_modules"]
+    pattern = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["lora_target_modules"]
     with torch.device("meta"):
         llm = AutoModel.from_config(LlamaConfig(num_hidden_layers=30, hidden_size=64, vocab_size=8))
     found = [path for path, module in llm.named_modules() if re.fullmatch(pattern, path)]
@@ -125,6 +156,7 @@ def test_warms_up_the_head_and_goes_on_from_a_checkpoint(
             ["--num_simulated_notes", "192", "--llm_tuning", "lora", "--lora_target_modules", "nothing"],
             "nothing",
         ),
+        (["--num_simulated_notes", "192", "--multimodal_llm", "one", "--llm", "another"], "has all parts of its own"),
     ],
 )
 def test_what_cannot_be_used_ends_with_one_line(options: list[str], message: str, tmp_path: Path):

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModel, TrainerCallback
 
 from evaluation.metrics import retrieval_metrics
 from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2Output
+from modeling_notellm2.modeling_notellm2 import MAX_LOGIT_SCALE
 from pairs.split import NotesAndPairs
 from pairs.tables import related_indices
+from tests.train import tiny
 from train.losses import ContrastiveTargets, contrastive_loss
 from train.trainer import NoteLLM2Trainer, RetrievalEvaluation
 
@@ -291,3 +294,45 @@ def test_gradient_checkpointing_gives_the_same_loss(build_trainer: BuildTrainer,
     recomputed = build_trainer(build_model(), llm_tuning="full", max_steps=2, gradient_checkpointing=True)
     recomputed.train()
     assert training_losses(recomputed) == pytest.approx(training_losses(plain), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"matryoshka_dims": [16, 4]}, {"logq_correction": True}, {"text_dropout": 0.9}, {"image_dropout": 0.9}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_the_loss_reach_it(settings: dict[str, Any], build_trainer: BuildTrainer):
+    """Each changes the loss of the first batch, which all begin with from the same weights."""
+    losses = []
+    for more in ({}, settings):
+        trainer = build_trainer(max_steps=1, **more)
+        (batch, *_rest) = trainer.get_train_dataloader()
+        trainer.model.train(False)
+        losses.append(float(trainer.compute_loss(trainer.model, batch).detach()))
+    assert losses[1] != pytest.approx(losses[0], abs=1e-6)
+
+
+def test_one_cover_is_no_negative_if_asked(build_model: BuildModel, splits: dict[str, NotesAndPairs], tmp_path: Path):
+    train = splits["train"]
+    notes = [dict(note) for note in train.notes]
+    for note in notes:
+        note["image"] = notes[0]["image"]
+    one_cover = {**splits, "train": NotesAndPairs(Dataset.from_list(notes), train.pairs)}
+    losses = []
+    for mask_same_image in (False, True):
+        trainer = tiny.build_trainer(one_cover, build_model(), tmp_path, mask_same_image=mask_same_image)
+        (batch, *_rest) = trainer.get_train_dataloader()
+        trainer.model.train(False)
+        losses.append(float(trainer.compute_loss(trainer.model, batch).detach()))
+    assert losses[0] > 1 and losses[1] == pytest.approx(0, abs=1e-6)  # without a negative there is nothing to learn
+
+
+def test_the_temperature_does_not_wander_beyond_its_bound(build_trainer: BuildTrainer):
+    """CLIP's clamp: a parameter beyond its bound would have to come all the way back before anything changes."""
+    trainer = build_trainer(max_steps=3, head_learning_rate=2.0)
+    with torch.no_grad():
+        trainer.model.logit_scale.fill_(MAX_LOGIT_SCALE - 0.01)
+    trainer.model.logit_scale.register_hook(lambda grad: torch.full_like(grad, -1.0))  # always upwards
+    trainer.train()
+    assert float(trainer.model.logit_scale) == pytest.approx(MAX_LOGIT_SCALE)
+    assert trainer.model.temperature == pytest.approx(0.01)

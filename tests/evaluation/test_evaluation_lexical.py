@@ -1,0 +1,61 @@
+"""BM25 and TF-IDF find words, in any script."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from evaluation.lexical import bm25_scores, note_text, tfidf_scores, tokenize
+from evaluation.metrics import ScoreFunction
+
+
+def test_note_text_takes_topics_as_list_or_string() -> None:
+    assert note_text({"title": "A", "topics": ["b", "c"], "content": "d"}) == "A\nb, c\nd"
+    assert note_text({"topics": "b, c", "image": "x.jpg"}) == "b, c"
+    assert note_text({"title": None, "topics": None, "content": "  "}) == ""
+
+
+def test_tokens_are_lower_cased_words_of_any_script() -> None:
+    assert tokenize("Ärger, naïve_2 don't 花瓶abc ВАЗА") == ["ärger", "naïve_2", "don", "t", "花", "瓶", "abc", "ваза"]
+
+
+@pytest.mark.parametrize("scores_of", [bm25_scores, tfidf_scores])
+def test_shared_rare_words_rank_first(scores_of: Callable[[Sequence[str]], ScoreFunction]) -> None:
+    texts = ["a red vase", "a Blue VASE", "a blue chair", "a lamp", "", "a lamp of glass", "花瓶", "红色的花瓶"]
+    scores = scores_of(texts)(0, len(texts))
+    assert scores.shape == (8, 8)
+    assert scores.dtype == np.float32
+    assert np.argmax(np.delete(scores[0], 0)) == 0  # the other vase
+    assert np.argmax(np.delete(scores[6], 6)) == 6  # the other 花瓶
+    assert not scores[4].any() and not scores[:, 4].any()  # a text without words
+    np.testing.assert_array_equal(scores_of(texts)(2, 4), scores[2:4])
+
+
+def test_texts_without_words() -> None:
+    assert not bm25_scores(["", "!"])(0, 2).any()
+    with pytest.raises(ValueError, match="No note has a word: check the table's columns"):
+        tfidf_scores(["", "!"])
+
+
+def test_tfidf_is_the_cosine_of_weighted_counts() -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcdefgh花瓶"), size=rng.integers(1, 12))) for _ in range(30)]
+    counts = [Counter(tokenize(text)) for text in texts]
+    holding = Counter(word for count in counts for word in count)
+
+    def cosines(weight: Callable[[str], float]) -> np.ndarray:
+        vectors = np.array([[count[word] * weight(word) for word in sorted(holding)] for count in counts])
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors @ vectors.T
+
+    scores = tfidf_scores(texts)(0, 30)
+    np.testing.assert_allclose(scores, cosines(lambda word: math.log(31 / (1 + holding[word])) + 1), atol=1e-6)
+    assert np.abs(scores - cosines(lambda word: 1.0)).max() > 0.01  # the control: plain counts
+
+
+def test_tfidf_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(ImportError, match=r"notellm2\[baselines\]"):
+        tfidf_scores(["text"])
