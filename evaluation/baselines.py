@@ -143,7 +143,7 @@ def baseline_scores(name: str, inputs: BaselineInputs) -> BaselineScores:
         details = {"cold_notes": num_cold(inputs.viewers)}
         if details["cold_notes"]:
             logger.warning(
-                "%s: nobody viewed %d of the %d notes in training; it cannot tell them apart.",
+                "%s: nobody viewed %d of the %d notes in training; among those only their order in the table decides.",
                 name,
                 details["cold_notes"],
                 len(inputs.notes),

@@ -145,13 +145,14 @@ def make_sections(
     test: NotesToFind,
     measured: Sequence[Measured],
     reliances: Mapping[str, Reliance],
+    curves: Mapping[str, AttentionCurves],
     *,
     reference: Measured | None,
     ks: Sequence[int],
     num_sheet_queries: int,
     seed: int,
 ) -> list[Section]:
-    """The parts of the report after the main table: comparisons, slices, reliance, and the picture sheet."""
+    """The parts of the report after the main table: comparisons, slices, reliance, attention, and the picture sheet."""
     metric, sections = f"recall@{ks[0]}", []
     if reference is not None and len(measured) > 1:
         sections.append(Section("How sure", tables=[comparison_table(measured, reference, metric, seed)]))
@@ -165,6 +166,11 @@ def make_sections(
             alt = f"Histogram of {len(found.fusion_weights)} fusion weights, mean {found.fusion_weights.mean():.3f}"
             figures.append(Figure.from_matplotlib(plot_fusion_weights(found.fusion_weights), caption, alt))
         sections.append(Section(f"Does {name} look at the picture?", found.conclusion, reliance_tables(found), figures))
+    if curves:
+        caption = "Saliency and attention share by layer: what the prompt's last position and n_v's read"
+        alt = "Curves by layer for image, text and the rest; the table above has the numbers"
+        figure = Figure.from_matplotlib(plot_attention(curves), caption, alt)
+        sections.append(Section("Where the LLM looks", figures=[figure], tables=attention_tables(curves)))
     if num_sheet_queries and measured:
         chosen = sheet_systems(measured)
         queries = choose_queries({one.system.label: one.ranks for one in chosen}, num_sheet_queries, seed=seed)
@@ -387,6 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("nothing to evaluate: give --model or --baselines")
     if (options.splits is None) == (options.notes is None or options.pairs is None):
         parser.error("give --splits, or --notes and --pairs")
+    if min(options.ks) < 1 or len(set(options.ks)) < len(options.ks):
+        parser.error(f"--ks must be distinct integers of at least 1, got {options.ks}")
     try:
         test, inputs = load_inputs(options)
         names = [name for name in options.baselines if name != "chance"]
@@ -394,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     reliances: dict[str, Reliance] = {}
-    curves: dict[str, Any] = {}
+    curves: dict[str, AttentionCurves] = {}
     model_names = []
     for name, path, model in opened_models(options):
         model_names.append(name)
@@ -436,16 +444,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test,
         measured,
         reliances,
+        curves,
         reference=find_reference(parser, options.compare_to, measured, model_names),
         ks=options.ks,
         num_sheet_queries=options.sheet_queries,
         seed=options.seed,
     )
-    if curves:
-        caption = "Saliency and attention share by layer: what the prompt's last position and n_v's read"
-        alt = "Curves by layer for image, text and the rest; the table below the figure has the numbers"
-        figure = Figure.from_matplotlib(plot_attention(curves), caption, alt)
-        sections.insert(-1, Section("Where the LLM looks", figures=[figure], tables=attention_tables(curves)))
     queries = sum(len(positions) > 0 for positions in test.task.related)
     facts = collect_facts(notes=len(test.notes), queries=queries, protocol=options.protocol, seed=options.seed)
     write_report(options.output, rows, facts, sections)

@@ -10,7 +10,30 @@ import pytest
 import torch
 
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2Processor
+from pairs.query import PairOptions
+from pairs.simulate import SimulationOptions, simulate
+from pairs.split import SplitOptions, make_splits
+from pairs.tables import load_notes
 from tests.backbones import QFORMER, move, random_picture, save, save_llm, save_multimodal_llm, save_tower
+
+WORLD = SimulationOptions(notes=96, subjects=3, looks=3, users=150, image_size=24, seed=1)
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """notes.jsonl, views.csv and images of a small simulated world."""
+    folder = tmp_path_factory.mktemp("world")
+    simulate(WORLD).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def splits_folder(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train, validation and test of the small world, on disk."""
+    folder = tmp_path_factory.mktemp("splits")
+    notes, views = load_notes(world_folder / "notes.jsonl"), world_folder / "views.csv"
+    make_splits(notes, views, PairOptions(score="cosine", top_k=5), SplitOptions(validation=0.2, test=0.2), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,9 @@ from datasets import Dataset
 
 from evaluation import baselines, run
 from evaluation.lexical import note_text
+from modeling_notellm2 import NoteLLM2Model
 from pairs.tables import write_table
+from tests.backbones import save
 from train.features import VisionFeatureTable
 
 COLOURS = ("red", "green", "blue", "grey", "pink")
@@ -80,7 +82,7 @@ def test_the_command_writes_one_row_a_baseline_and_modality(
 
 
 def test_a_model_that_reads_text_alone_gets_one_row(folder: Path) -> None:
-    split = run.load_notes_and_related(folder / "notes.arrow", folder / "pairs.parquet")
+    split = run.load_notes_and_related(folder)
     rows = run.evaluate_model(ColourModel(None), split.notes, split.related, name="text only", ks=(4,))
     assert [(row.system, row.modality) for row in rows] == [("text only", "text")]
 
@@ -112,6 +114,9 @@ def test_heads_train_on_the_folders_given(folder: Path, monkeypatch: pytest.Monk
         (["--baselines", "frozen-text"], "'frozen-text' needs text_encoder"),
         (["--baselines", "head-image", "--vision", "v"], r"needs train \(--train\), validation \(--validation\)"),
         (["--ks", "0"], "ks must be"),
+        (["--splits", "splits"], "give --splits, or --notes and --pairs"),
+        (["--train-views", "views.csv"], "--train-views needs --splits"),
+        (["--compare-to", "nobody"], "'nobody' is none of bm25"),
     ],
 )
 def test_bad_options_are_refused(
@@ -122,7 +127,72 @@ def test_bad_options_are_refused(
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
-def test_help_names_every_option() -> None:
-    text = run.build_parser().format_help()
-    for option in ("--model", "--notes", "--pairs", "--output", "--ks", "--modalities", "--baselines", "--train"):
-        assert option in text
+def test_help_names_every_option_and_baseline() -> None:
+    text = "".join(run.build_parser().format_help().split())  # it wraps lines at hyphens
+    for word in ("--model", "--splits", "--protocol", "--compare-to", "--attention-pairs", *baselines.BASELINES):
+        assert word in text
+
+
+def sections_of(folder: Path) -> dict[str, dict[str, Any]]:
+    report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    return {section["title"]: section for section in report["sections"]}
+
+
+def test_says_how_sure_it_is_and_whether_the_model_looks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "load_model", lambda path: ColourModel())
+    run.main(arguments(folder, "--model", "stub=some/folder", "--baselines", "bm25", "tfidf"))
+    assert "stub: Without images recall@4 falls" in capsys.readouterr().out
+    report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    (stub,) = [row for row in report["rows"] if (row["system"], row["modality"]) == ("stub", "text")]
+    low, high = stub["intervals"]["recall@4"]
+    assert low < stub["metrics"]["recall@4"] < high
+    sections = sections_of(folder)
+    assert list(sections) == ["How sure", "Slices", "Does stub look at the picture?", "Look for yourself"]
+    (table,) = sections["How sure"]["tables"]
+    compared = {row[0]: row[1] for row in table["rows"]}
+    assert table["caption"].endswith("minus that of stub (both), on the same queries")
+    assert set(compared) == {"bm25 (text)", "tfidf (text)", "stub (text)", "stub (image)"}
+    assert compared["stub (text)"] < 0 == compared["stub (image)"]
+    (slices,) = sections["Slices"]["tables"]
+    assert [row[0] for row in slices["rows"]] == ["short query", "short target"]
+    html = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Look for yourself" in html and "Without images" in html
+
+
+def test_the_reference_can_be_chosen_and_parts_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_model", lambda path: ColourModel())
+    more = ["--compare-to", "stub (text)", "--no-reliance", "--sheet-queries", "0"]
+    run.main(arguments(folder, "--model", "stub=x", *more))
+    sections = sections_of(folder)
+    assert list(sections) == ["How sure", "Slices"]
+    assert "minus that of stub (text)" in sections["How sure"]["tables"][0]["caption"]
+
+
+def test_the_papers_protocol_has_other_queries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_model", lambda path: ColourModel())
+    run.main(arguments(folder, "--model", "stub=x", "--protocol", "paper"))
+    report = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["facts"]["protocol"] == "paper" and report["facts"]["queries"] == 10  # of five notes two pairs
+    (chance, *_rest) = report["rows"]
+    assert chance["metrics"]["recall@4"] == pytest.approx(4 / 15) == chance["metrics"]["hit_rate@4"]
+
+
+def test_a_folder_of_splits_and_a_trained_model(
+    splits_folder: Path, compose: Callable[..., NoteLLM2Model], tmp_path: Path
+) -> None:
+    """With a real, tiny model: subsets, heads on training notes, attention, the store."""
+    checkpoint = save(compose(), tmp_path / "model")
+    run.main(
+        [
+            *("--splits", str(splits_folder), "--model", f"tiny={checkpoint}", "--output", str(tmp_path / "report")),
+            *("--attention-pairs", "4", "--vision-features-dir", str(tmp_path / "store"), "--ks", "5"),
+        ]
+    )
+    sections = sections_of(tmp_path)
+    assert "Where the LLM looks" in sections and (tmp_path / "store").is_dir()
+    (slices,) = sections["Slices"]["tables"]
+    assert {"short query", "head query", "tail target"} <= {row[0] for row in slices["rows"]}
+    (attention,) = sections["Where the LLM looks"]["tables"]
+    assert len(attention["rows"]) == 2 and sum(attention["rows"][0][5:]) == pytest.approx(1, abs=1e-3)

@@ -1,4 +1,4 @@
-"""A tiny world on disk and arguments for tiny runs."""
+"""Tiny backbones, models and trainers for the tiny world."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,31 +8,9 @@ import pytest
 
 from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
 from modeling_notellm2 import NoteLLM2Model
-from pairs.query import PairOptions
-from pairs.simulate import SimulationOptions, simulate
-from pairs.split import NotesAndPairs, SplitOptions, make_splits
-from pairs.tables import load_notes
+from pairs.split import NotesAndPairs
 from tests.train import tiny
 from train.trainer import NoteLLM2Trainer
-
-OPTIONS = SimulationOptions(notes=96, subjects=3, looks=3, users=150, image_size=24, seed=1)
-
-
-@pytest.fixture(scope="session")
-def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """notes.jsonl, views.csv and images of a small simulated world."""
-    folder = tmp_path_factory.mktemp("world")
-    simulate(OPTIONS).write(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def splits_folder(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train, validation and test of the small world, on disk."""
-    folder = tmp_path_factory.mktemp("splits")
-    notes, views = load_notes(world_folder / "notes.jsonl"), world_folder / "views.csv"
-    make_splits(notes, views, PairOptions(score="cosine", top_k=5), SplitOptions(validation=0.2, test=0.2), folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
