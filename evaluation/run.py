@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -49,6 +49,7 @@ from evaluation.systems import (
     slice_table,
 )
 from modeling_notellm2 import NoteLLM2Model  # registers it with AutoModel
+from modeling_notellm2.processing_notellm2 import Language
 from pairs.subsets import load_subsets
 from pairs.tables import load_notes, load_pairs, pair_positions, related_indices
 from train.features import VisionFeatureStore, VisionFeatureTable
@@ -239,6 +240,7 @@ def load_inputs(options: argparse.Namespace) -> tuple[NotesToFind, BaselineInput
         vision=options.vision,
         clip=options.clip,
         llm=options.llm,
+        language=options.language,
         train=load_notes_and_related(train) if needs_training and train is not None else None,
         validation=load_notes_and_related(validation) if needs_training and validation is not None else None,
         viewers=viewers,
@@ -345,6 +347,7 @@ def build_parser() -> argparse.ArgumentParser:
     encoders.add_argument("--vision", metavar="PATH", help="vision tower of *-image, head-both and head-llm-both")
     encoders.add_argument("--clip", metavar="PATH", help="dual encoder, such as CLIP or SigLIP, of clip-*")
     encoders.add_argument("--llm", metavar="PATH", help="decoder LLM of zero-shot-llm, head-llm and head-llm-both")
+    encoders.add_argument("--language", choices=get_args(Language), default="en", help="of the prompt that --llm reads")
     encoders.add_argument("--head-steps", type=int, default=HeadSettings.steps, help="training steps of head-*")
     how = parser.add_argument_group("how")
     how.add_argument("--ks", nargs="+", type=int, default=[10, 100], metavar="K", help="cuts of the metrics")

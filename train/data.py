@@ -195,7 +195,8 @@ class NoteReader:
     def _report(self, row: int, error: NoteError) -> None:
         if row not in self._reported:  # in a long run it comes again and again
             self._reported.add(row)
-            logger.warning("bad_images=%s: %s", self.bad_images, error)
+            loss = "it and its pairs are left out" if self.bad_images == "drop-pair" else "its image is left out"
+            logger.warning("note_id %r: %s; %s", self.notes[row].get("note_id"), error, loss)
 
 
 def without_bad_images(

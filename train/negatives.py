@@ -1,5 +1,6 @@
 """Hard negatives: notes that the model takes for related though no view says so."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,6 +15,8 @@ from train.data import NoteReader
 from train.distributed import gather_rows, world
 from train.related import RelatedNotes
 from train.states import NoteStateTable
+
+logger = logging.getLogger(__name__)
 
 NOTES_AT_ONCE = 8192
 """Notes whose states are kept at a time, and columns of the similarity matrix that are looked at at a time."""
@@ -82,6 +85,8 @@ def mine_hard_negatives(
             found = found.gather(1, order)
         found[scores.isinf() | ~readable[rows].unsqueeze(1)] = -1
         best[start : start + len(rows), : found.shape[1]] = found.cpu().numpy()
+    if not (best >= 0).any():
+        logger.warning("No hard negative: no two notes that are not related are at most %s alike.", max_similarity)
     owner = np.arange(total) // ROWS_AT_ONCE % processes
     shared = gather_rows(torch.from_numpy(best[owner == rank]).to(model.device)).cpu().numpy()
     best[np.argsort(owner, kind="stable")] = shared  # one process's rows after another's

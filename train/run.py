@@ -158,7 +158,15 @@ def train(
 ) -> list[ReportRow]:
     """Run everything: data, model, training, evaluation. Returns the rows of the final table (main process only)."""
     folder, state = Path(training.output_dir), PartialState()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != state.num_processes:
+        raise UserError(
+            f"{started} processes were started and do not know of each other: each would train alone, into one folder. "
+            "On processors add --use_cpu true."
+        )
     resume_from = checkpoint_to_resume(training)
+    if resume_from is not None:
+        logger.info("Going on from %s", resume_from)
     if state.device.type == "cpu":  # accelerate launches with one thread a process
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
     # Under ZeRO-3 transformers would divide each model while it is built, in which all processes have to take part; the
@@ -197,16 +205,19 @@ def train(
                 "not kept; set vision_features to recompute."
             )
         on_error = None if training.bad_images == "raise" else _warn_of_bad_image
+        store_folder = training.vision_features_dir or str(folder / "vision_features")
         try:
             assert model.vision_tower is not None
             model.vision_tower.to(training.device)  # alone: the LLM may be larger than one device
-            store = VisionFeatureStore(training.vision_features_dir or folder / "vision_features", model)
+            store = VisionFeatureStore(store_folder, model)
             features = {
                 name: store.table(splits[name].notes, training.per_device_eval_batch_size, on_error)
                 for name in features
             }
         except NoteError as error:
             raise UserError(f"{error} (bad_images={training.bad_images})") from error
+        except OSError as error:
+            raise UserError(f"vision_features_dir={store_folder!r}: {error}") from error
         except ValueError as error:
             raise UserError(str(error)) from error
     try:
@@ -249,6 +260,13 @@ def train(
             )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
+        "Processes: %d (%s); a batch of all of them: %d pairs, or twice as many notes (batches=%s)",
+        state.num_processes,
+        trainer.accelerator.distributed_type.value,
+        training.per_device_train_batch_size * state.num_processes,
+        training.batches,
+    )
+    logger.info(
         "Training %d of %d parameters (LLM: %s) on %d unordered pairs of %d notes",
         trainable,
         model.num_parameters(),
@@ -256,7 +274,10 @@ def train(
         len(train_dataset),
         len(splits["train"].notes),
     )
-    result = trainer.train(resume_from_checkpoint=resume_from)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume_from)
+    except NoteError as error:
+        raise UserError(f"{error} (bad_images={training.bad_images})") from error
     trainer.save_model()
     trainer.save_state()
 

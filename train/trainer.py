@@ -6,6 +6,7 @@ all.
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -155,6 +156,11 @@ class NoteLLM2Trainer(Trainer):
             raise ValueError(
                 "torch_compile=True with gradcache=False: several compiled forward passes before one backward pass do "
                 "not go with DDP; leave gradcache True, or mini_batch_size unset."
+            )
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"FSDP was asked for, and accelerate leaves it off: {self.accelerator.num_processes} processes on "
+                f"{args.device.type}. It shards over several accelerators only; use DDP, or one process, here."
             )
         if self.is_fsdp_enabled:
             _check_fsdp_plugin(self.accelerator.state.fsdp_plugin, model)

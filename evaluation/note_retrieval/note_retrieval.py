@@ -1,8 +1,10 @@
 """The retrieval metrics as a module of Hugging Face `evaluate`.
 
-import evaluate
-metric = evaluate.load("evaluation/note_retrieval")
-metric.compute(predictions=embeds, references=related, ks=[10, 100])
+    import evaluate
+    metric = evaluate.load("evaluation/note_retrieval")
+    metric.compute(predictions=embeds, references=related, ks=[10, 100])
+
+They are those of `evaluation.metrics`, which this checkout has to be on the path for.
 """
 
 from collections.abc import Sequence

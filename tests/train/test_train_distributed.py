@@ -4,18 +4,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from transformers import TrainerCallback
 
 from modeling_notellm2 import NoteLLM2Model
 from pairs.split import load_split
@@ -85,9 +90,17 @@ RUN = {
 }
 
 
-def train_and_save(splits_folder: Path, backbones: tiny.Backbones, output_dir: Path, arguments: dict[str, Any]) -> None:
+def train_and_save(
+    splits_folder: Path,
+    backbones: tiny.Backbones,
+    output_dir: Path,
+    arguments: dict[str, Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
     splits = tiny.load_splits(splits_folder)
     trainer = tiny.build_trainer(splits, tiny.build_model(backbones, dropout=0.0), output_dir, **arguments)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -192,9 +205,43 @@ FSDP = {
 }
 
 
+class IsSharded(TrainerCallback):
+    """Without it a run that was not sharded at all would pass, as it is one process's equal, too."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+        assert any("language_model" in name for name in sharded)
+
+
 def train_sharded(*arguments: Any) -> None:
+    """FSDP2 on processors: PyTorch shards there, too, but accelerate turns it on for accelerators alone."""
     os.environ |= FSDP
-    train_and_save(*arguments)
+    prepare = AcceleratorState.__init__
+
+    def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        prepare(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    gather = Accelerator.get_state_dict
+
+    def materialized(self: Accelerator, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        # Gathered tensors are whole where they are moved off their device, and on processors they are not moved.
+        state = gather(self, *args, **kwargs)
+        return {
+            name: value.full_tensor().clone() if isinstance(value, DTensor) else value for name, value in state.items()
+        }
+
+    Accelerator.get_state_dict = materialized  # type: ignore[method-assign]
+    AcceleratorState.__init__ = with_fsdp  # type: ignore[method-assign]  # in a process of its own
+    train_and_save(*arguments, callbacks=[IsSharded()])
+
+
+def test_fsdp_that_accelerate_leaves_off_is_refused(build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="accelerate leaves it off"):
+        build_trainer()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """A multimodal LLM is fine-tuned by the trainer and the loss of NoteLLM-2."""
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 

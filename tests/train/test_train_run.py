@@ -200,28 +200,58 @@ def test_refuses_to_mix_two_runs_in_one_folder(tmp_path: Path):
     assert "checkpoints of an earlier run" in str(stopped.value.code)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_way_of_distribution_trains_goes_on_and_measures(file: Path, tmp_path: Path):
-    """As its file says, but for processors, two of them, and the layer of the tiny LLM."""
+def launch(file: Path, tmp_path: Path) -> list[str]:
+    """How a file of configs/accelerate is launched on processors, with two processes at most."""
     settings = yaml.safe_load(file.read_text())
     if settings["distributed_type"] == "DEEPSPEED":
         pytest.importorskip("deepspeed")
-    settings |= {"use_cpu": True, "num_processes": min(settings["num_processes"], 2)}
+    processes = min(settings["num_processes"], 2)
+    if settings["distributed_type"] == "MULTI_GPU":  # accelerate starts one process where there is no accelerator
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    settings |= {"use_cpu": True, "num_processes": processes}
     if settings["distributed_type"] != "DEEPSPEED":  # it trains in bfloat16, and must agree with `Trainer` on that
         settings["mixed_precision"] = "no"
-    if settings["distributed_type"] == "MULTI_GPU":
-        settings["distributed_type"] = "MULTI_CPU"
-    if "fsdp_config" in settings:
-        settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "LlamaDecoderLayer"
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-    command += ["train/run.py", "--output_dir", str(tmp_path / "run"), "--num_simulated_notes", "200"]
-    command += ["--eval_steps", "2", "--save_steps", "2", "--use_cpu", "true"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+
+
+SHORT = ["--num_simulated_notes", "200", "--eval_steps", "2", "--save_steps", "2", "--use_cpu", "true"]
+ON_PROCESSORS = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "processes"), [("single_gpu", 1), ("ddp", 2), ("deepspeed_zero2", 2), ("deepspeed_zero3", 2)]
+)
+def test_every_way_of_distribution_trains_goes_on_and_measures(name: str, processes: int, tmp_path: Path):
+    """As its file says, but for processors, and two of them."""
+    command = launch(ROOT / "configs" / "accelerate" / f"{name}.yaml", tmp_path)
+    command += ["train/run.py", "--output_dir", str(tmp_path / "run"), *SHORT]
     for more in (["--max_steps", "2"], ["--max_steps", "4", "--resume_from_checkpoint", "last"]):
-        done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*command, *more], cwd=ROOT, env=ON_PROCESSORS, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
+        assert f"Processes: {processes} (" in done.stderr
     assert "trained" in done.stdout
     state = TrainerState.load_from_json(str(tmp_path / "run" / "trainer_state.json"))
     assert state.global_step == 4 and all(np.isfinite(e["loss"]) for e in state.log_history if "loss" in e)
+
+
+def start_two(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train/run.py", *options]
+    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--eval_untrained", "false"]
+    command += ["--num_simulated_notes", "200", "--per_device_train_batch_size", "4"]
+    environment = ON_PROCESSORS | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_are_two_and_not_twice_one(tmp_path: Path):
+    done = start_two(tmp_path, "--use_cpu", "true")
+    assert done.returncode == 0 and "Processes: 2 (MULTI_CPU); a batch of all of them: 8 pairs" in done.stderr
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path):
+    done = start_two(tmp_path)
+    assert done.returncode != 0 and "2 processes were started and do not know of each other" in done.stderr
+    assert not (tmp_path / "run").exists()
