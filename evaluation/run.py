@@ -254,7 +254,7 @@ def opened_models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]
     """(name, path, model) of each model that the options name, one in memory at a time."""
     if options.zero_shot_multimodal_llm:
         path = options.zero_shot_multimodal_llm
-        model = MultimodalLLM.from_backbone(path, embedding_dim=None)
+        model = MultimodalLLM.from_backbone(path, max_image_pixels=options.max_image_pixels, embedding_dim=None)
         yield f"zero-shot {Path(path).name}", path, model.eval().to(default_device())
         del model
     for specification in options.model:
@@ -312,6 +312,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--zero-shot-multimodal-llm",
         metavar="PATH",
         help="a row of a multimodal LLM (BLIP-2, Qwen2-VL, Qwen2.5-VL, Qwen3-VL) as it is, without any training",
+    )
+    what.add_argument(
+        "--max-image-pixels",
+        type=int,
+        metavar="N",
+        help="scale larger images of a Qwen-VL in --zero-shot-multimodal-llm down to so many pixels (the paper's 448 "
+        "by 448: 200704); its own bound is often thousands of tokens an image",
     )
     data = parser.add_argument_group("notes and pairs")
     data.add_argument(

@@ -169,7 +169,7 @@ class NoteLLM2Trainer(Trainer):
         if zero_stage == 3 and model.config.has_vision and unstored:
             raise ValueError(
                 "vision_features=recompute does not work with ZeRO-3, where processes must run the same parts and some "
-                "may have no image: set vision_features: store, or use ZeRO-2."
+                "may have no image: set vision_features: store (not for a multimodal LLM), or use ZeRO-2."
             )
         if args.hard_negatives and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(

@@ -196,3 +196,14 @@ def test_a_folder_of_splits_and_a_trained_model(
     assert {"short query", "head query", "tail target"} <= {row[0] for row in slices["rows"]}
     (attention,) = sections["Where the LLM looks"]["tables"]
     assert len(attention["rows"]) == 2 and sum(attention["rows"][0][5:]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_multimodal_llm_without_training_has_rows(
+    splits_folder: Path, multimodal_llm_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    arguments = ["--splits", str(splits_folder), "--output", str(tmp_path / "report"), "--ks", "5", "--baselines"]
+    run.main([*arguments, "--zero-shot-multimodal-llm", str(multimodal_llm_folder("qwen2_vl")), "--no-reliance"])
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    rows = {(row["system"], row["modality"]): row["metrics"]["recall@5"] for row in report["rows"]}
+    assert list(rows) == [("zero-shot qwen2_vl", modality) for modality in ("both", "text", "image")]
+    assert rows["zero-shot qwen2_vl", "text"] != rows["zero-shot qwen2_vl", "image"]
