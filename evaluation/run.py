@@ -258,8 +258,24 @@ def opened_models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]
         yield f"zero-shot {Path(path).name}", path, model.eval().to(default_device())
         del model
     for specification in options.model:
-        name, _, path = specification.rpartition("=")
-        yield name or Path(path).name, path, load_model(path)
+        name, path = named_path(specification)
+        try:
+            model = load_model(path)
+        except OSError as error:  # no such folder, and no such repository on the Hub
+            raise SystemExit(f"--model {specification}: {error}") from error
+        yield name, path, model
+
+
+def named_path(specification: str) -> tuple[str, str]:
+    """`[NAME=]DIR` ─► the name, by default that of the folder, and the path. Folders may have "=" in their names.
+
+    >>> named_path("mine=runs/variant=basic-seed0"), named_path("org/model")
+    (('mine', 'runs/variant=basic-seed0'), ('model', 'org/model'))
+    """
+    name, equals, path = specification.partition("=")
+    if not equals or Path(specification).exists():
+        return Path(specification).name, specification
+    return name, path
 
 
 def has_two_of_each(notes: Sequence[Mapping[str, Any]]) -> bool:

@@ -81,6 +81,16 @@ def test_the_command_writes_one_row_a_baseline_and_modality(
     assert "stub    both" in capsys.readouterr().out
 
 
+def test_names_and_paths(tmp_path: Path) -> None:
+    """A study's folders have "=" in their names."""
+    folder = tmp_path / "variant=basic-seed0"
+    folder.mkdir()
+    assert run.named_path(str(folder)) == (folder.name, str(folder))
+    assert run.named_path(f"basic={folder}") == ("basic", str(folder))
+    with pytest.raises(SystemExit, match="--model nowhere/to/be/found"):
+        list(run.opened_models(run.build_parser().parse_args(["--model", "nowhere/to/be/found", "--output", "x"])))
+
+
 def test_a_model_that_reads_text_alone_gets_one_row(folder: Path) -> None:
     split = run.load_notes_and_related(folder)
     rows = run.evaluate_model(ColourModel(None), split.notes, split.related, name="text only", ks=(4,))
