@@ -79,12 +79,12 @@ def popularity_scores(viewers: csr_array) -> ScoreFunction:
         viewers: (N, U), see `load_train_viewers`.
 
     Returns:
-        A function for `rank_related`: (start, stop) to (stop - start, N) int64 scores.
+        A function for `rank_related`: (R,) positions to (R, N) int64 scores.
     """
     users = _num_users(viewers)
 
-    def score(start: int, stop: int) -> np.ndarray:
-        return np.tile(users, (stop - start, 1))
+    def score(rows: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(users, (len(rows), len(users)))
 
     return score
 
@@ -100,14 +100,14 @@ def item_cf_scores(viewers: csr_array) -> ScoreFunction:
         viewers: (N, U), see `load_train_viewers`.
 
     Returns:
-        A function for `rank_related`: (start, stop) to (stop - start, N) float64 scores.
+        A function for `rank_related`: (R,) positions to (R, N) float64 scores.
     """
     users = np.maximum(_num_users(viewers), 1)
     transposed = viewers.T.tocsr()
 
-    def score(start: int, stop: int) -> np.ndarray:
-        both = (viewers[start:stop] @ transposed).toarray()
-        return both / np.sqrt(np.multiply.outer(users[start:stop], users))
+    def score(rows: np.ndarray) -> np.ndarray:
+        both = (viewers[rows] @ transposed).toarray()
+        return both / np.sqrt(np.multiply.outer(users[rows], users))
 
     return score
 

@@ -52,7 +52,7 @@ def bm25_scores(texts: Sequence[str]) -> ScoreFunction:
         texts: N texts, as `note_text` makes them.
 
     Returns:
-        A function for `rank_related`: (start, stop) to (stop - start, N) float32 scores.
+        A function for `rank_related`: (R,) positions to (R, N) float32 scores.
     """
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s sets itself to DEBUG when imported
     words = [tokenize(text) for text in texts]
@@ -60,11 +60,11 @@ def bm25_scores(texts: Sequence[str]) -> ScoreFunction:
     if any(words):
         index.index(words, show_progress=False)
 
-    def score(start: int, stop: int) -> np.ndarray:
-        scores = np.zeros((stop - start, len(words)), dtype=np.float32)
-        for row, query in zip(scores, words[start:stop], strict=True):
-            if query:
-                row[:] = index.get_scores(query)
+    def score(rows: np.ndarray) -> np.ndarray:
+        scores = np.zeros((len(rows), len(words)), dtype=np.float32)
+        for row, query in zip(scores, rows.tolist(), strict=True):
+            if words[query]:
+                row[:] = index.get_scores(words[query])
         return scores
 
     return score
@@ -79,7 +79,7 @@ def tfidf_scores(texts: Sequence[str]) -> ScoreFunction:
         texts: N texts, as `note_text` makes them.
 
     Returns:
-        A function for `rank_related`: (start, stop) to (stop - start, N) float32 scores.
+        A function for `rank_related`: (R,) positions to (R, N) float32 scores.
 
     Raises:
         ImportError: if scikit-learn is not installed.
@@ -96,7 +96,7 @@ def tfidf_scores(texts: Sequence[str]) -> ScoreFunction:
     vectors = TfidfVectorizer(analyzer=tokenize, dtype=np.float32).fit_transform(texts)  # (N, words), of unit length
     transposed = vectors.T.tocsr()
 
-    def score(start: int, stop: int) -> np.ndarray:
-        return (vectors[start:stop] @ transposed).toarray()
+    def score(rows: np.ndarray) -> np.ndarray:
+        return (vectors[rows] @ transposed).toarray()
 
     return score

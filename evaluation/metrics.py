@@ -2,24 +2,31 @@
 
 Every note with at least one related note is a query; its pool is all other notes, or those that are candidates. Nothing
 is sorted: the rank of a related note is one more than the number of notes of the pool placed before it, which are those
-with a higher score, and those with an equal score and a lower position. So ties always resolve the same way, K may
-exceed the pool, and memory is one tile of scores, whatever the number of notes.
+with a higher score, and those with an equal score that come first in a fixed random order (`tie_order`). So ties always
+resolve the same way, a system that knows nothing does as chance does also on a table sorted by popularity, K may exceed
+the pool, and memory is one tile of scores, whatever the number of notes.
 
 `rank_related` does the work once; every metric, of all queries or of some, is read off the ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-ScoreFunction = Callable[[int, int], np.ndarray]
-"""`score(start, stop)` gives the scores of notes start..stop-1 against all N notes, (stop - start, N) floats."""
+ScoreFunction = Callable[[np.ndarray], np.ndarray]
+"""`score(rows)` gives the scores of the R notes at positions `rows` (int64) against all N notes, (R, N) numbers."""
 
 TILE_COLUMNS = 4096
 """Notes of the pool that a chunk of queries is compared with at a time: a tile of scores has to stay in the cache."""
+
+EXACT_NUMBERS = 2**22
+"""Numbers of each side of exact products that are multiplied at a time."""
+
+SCORE_NUMBERS = 2**26
+"""Scores that a `ScoreFunction` is asked for at a time, at most; of one note at least."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +123,13 @@ def rank_related(
 
     Args:
         score: (N, D) float embeddings, compared by their dot product (so normalise them for the cosine), or a function
-            that gives the scores of a range of notes. Embeddings are compared in tiles of float32 products; whatever
+            that gives the scores of some notes. Embeddings are compared in tiles of float32 products; whatever
             lies too near to the related note's score for float32 to tell is compared again by the float64 product
             rounded to float32, which does not depend on tiles.
         related: for each of the N notes the positions of its related notes, integers; may be empty.
         candidates: (N,) bool, the notes that pools are made of. Default: all.
-        chunk_size: queries scored at once. Memory is `chunk_size` times `TILE_COLUMNS` numbers a few times over for
-            embeddings, `chunk_size` times N for a function.
+        chunk_size: queries scored at once, fewer where a function would give more than `SCORE_NUMBERS`. Memory beside
+            the embeddings is some tens of MB, and a few times the scores of a chunk for a function.
 
     Raises:
         ValueError: a position is out of range, repeated, the note itself or no candidate; no note has a related note;
@@ -195,8 +202,41 @@ def _ranks_of_embeds(
     vectors = torch.from_numpy(np.ascontiguousarray(embeds, dtype=np.float32))
     columns = torch.from_numpy(np.flatnonzero(is_candidate))
     pool = vectors if len(columns) == len(vectors) else vectors[columns]
+    order = torch.from_numpy(tie_order(len(vectors)))
     # Rounding moves a float32 product of D terms by no more than D + 4 half-units in the last place of |a| · |b|.
     error = (vectors.shape[1] + 4) * 2.0**-24 * vectors.norm(dim=1) * pool.norm(dim=1).max()
+    is_blank = (vectors.norm(dim=1) == 0).numpy()[query]
+    rank = np.empty(len(query), dtype=np.int64)
+    rank[is_blank] = _ranks_by_tie_order(query[is_blank], target[is_blank], is_candidate)
+    query, target = query[~is_blank], target[~is_blank]
+    rank[~is_blank] = _ranks_of_tiles(vectors, pool, columns, error, order, query, target, chunk_size)
+    return rank
+
+
+def tie_order(num_notes: int) -> np.ndarray:
+    """(N,) int64, each once: of notes with equal scores the one with the lower number comes first."""
+    return np.random.default_rng(0).permutation(num_notes)
+
+
+def _ranks_by_tie_order(query: np.ndarray, target: np.ndarray, is_candidate: np.ndarray) -> np.ndarray:
+    """(P,) ranks of queries that score all notes alike: a blank note's embedding is zero."""
+    order = tie_order(len(is_candidate))
+    ahead = np.searchsorted(np.sort(order[is_candidate]), order[target])
+    ranks: np.ndarray = 1 + ahead - (is_candidate[query] & (order[query] < order[target]))
+    return ranks
+
+
+def _ranks_of_tiles(
+    vectors: torch.Tensor,
+    pool: torch.Tensor,
+    columns: torch.Tensor,
+    error: torch.Tensor,
+    order: torch.Tensor,
+    query: np.ndarray,
+    target: np.ndarray,
+    chunk_size: int,
+) -> np.ndarray:
+    """(P,) ranks by tiles of float32 products; `error` (N,) bounds those of each query."""
     queries, places = np.unique(query, return_inverse=True)
     edges = np.searchsorted(places, np.arange(0, len(queries) + chunk_size, chunk_size))  # pairs of each chunk
     rank = np.empty(len(query), dtype=np.int64)
@@ -221,7 +261,7 @@ def _ranks_of_embeds(
                 pair, column = (distance.abs_() <= bound).nonzero(as_tuple=True)
                 pair = part[pair]
                 exact, other = _exact_products(vectors, own[pair], some[column]), some[column]
-                ahead = (exact > value[pair]) | ((exact == value[pair]) & (other < wanted[pair]))
+                ahead = (exact > value[pair]) | ((exact == value[pair]) & (order[other] < order[wanted[pair]]))
                 before.index_add_(0, pair, ahead.long())
         rank[pairs] = (before + 1).numpy()
     return rank
@@ -229,7 +269,8 @@ def _ranks_of_embeds(
 
 def _exact_products(vectors: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """(P,) float32: the float64 dot products of pairs of vectors, rounded: equal vectors have equal products."""
-    parts = zip(rows.split(2**16), columns.split(2**16), strict=True)
+    size = max(1, EXACT_NUMBERS // vectors.shape[1])
+    parts = zip(rows.split(size), columns.split(size), strict=True)
     products = [(vectors[some].double() * vectors[others].double()).sum(1).float() for some, others in parts]
     return torch.cat(products) if products else vectors.new_empty(0)
 
@@ -238,35 +279,30 @@ def _ranks_of_scores(
     score: ScoreFunction, query: np.ndarray, target: np.ndarray, is_candidate: np.ndarray, chunk_size: int
 ) -> np.ndarray:
     """(P,) ranks by a function's scores."""
-    num_notes = len(is_candidate)
+    num_notes, order = len(is_candidate), tie_order(len(is_candidate))
+    queries, firsts = np.unique(query, return_index=True)
+    edges = np.append(firsts, len(query))
     rank = np.empty(len(query), dtype=np.int64)
-    for start, stop, pairs in _chunks(query, num_notes, chunk_size):
-        scores = score(start, stop)  # (stop - start, N)
-        if scores.shape != (stop - start, num_notes):
+    size = max(1, min(chunk_size, SCORE_NUMBERS // num_notes))
+    starts = range(0, len(queries), size)
+    for start in tqdm(starts, desc="Ranking", unit="chunk", disable=len(starts) < 64, leave=False):
+        rows = queries[start : start + size]
+        scores = score(rows)  # (R, N)
+        if scores.shape != (len(rows), num_notes):
             raise ValueError(
-                f"score({start}, {stop}) has shape {scores.shape}, expected {(stop - start, num_notes)}: "
+                f"score of {len(rows)} notes has shape {scores.shape}, expected {(len(rows), num_notes)}: "
                 "give a score for every pair of notes."
             )
-        for pair in range(pairs.start, pairs.stop):
-            note, position = int(query[pair]), int(target[pair])
-            row = scores[note - start]
+        for number, (note, row) in enumerate(zip(rows.tolist(), scores, strict=True), start=start):
             if np.isnan(row).any():
                 raise ValueError(f"The scores of note {note} contain NaN: check its embedding before evaluating.")
-            ahead = row > row[position]
-            ahead[:position] |= row[:position] == row[position]
-            ahead[note] = False  # the query leaves its own pool
-            rank[pair] = 1 + np.count_nonzero(ahead & is_candidate)
+            in_pool = is_candidate.copy()
+            in_pool[note] = False  # the query leaves its own pool
+            for pair in range(edges[number], edges[number + 1]):
+                position = target[pair]
+                ahead = (row > row[position]) | ((row == row[position]) & (order < order[position]))
+                rank[pair] = 1 + np.count_nonzero(ahead & in_pool)
     return rank
-
-
-def _chunks(query: np.ndarray, num_notes: int, chunk_size: int) -> Iterator[tuple[int, int, slice]]:
-    """Ranges of notes that hold a query, with the pairs of their queries."""
-    starts = range(0, num_notes, chunk_size)
-    for start in tqdm(starts, desc="Ranking", unit="chunk", disable=len(starts) < 64, leave=False):
-        stop = min(start + chunk_size, num_notes)
-        first, last = np.searchsorted(query, (start, stop))
-        if last > first:
-            yield start, stop, slice(int(first), int(last))
 
 
 def _ideal_dcg(count: int) -> float:
@@ -327,4 +363,5 @@ __all__ = [
     "metrics_per_query",
     "rank_related",
     "retrieval_metrics",
+    "tie_order",
 ]

@@ -9,6 +9,7 @@ Each model answers three times: with text and image, with the text alone, and wi
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def make_sections(
         sections.append(Section(f"Does {name} look at the picture?", found.conclusion, reliance_tables(found), figures))
     if curves:
         caption = "Saliency and attention share by layer: what the prompt's last position and n_v's read"
-        alt = "Curves by layer for image, text and the rest; the table above has the numbers"
+        alt = "Curves by layer for image, text and the rest; the table above has the numbers of the last position"
         figure = Figure.from_matplotlib(plot_attention(curves), caption, alt)
         sections.append(Section("Where the LLM looks", figures=[figure], tables=attention_tables(curves)))
     if num_sheet_queries and measured:
@@ -211,7 +212,7 @@ def attention_tables(curves: Mapping[str, AttentionCurves]) -> list[Table]:
         for name, found in curves.items()
         for layer, (saliency, share) in enumerate(zip(found.note.normalized_saliency, found.note.share, strict=True))
     ]
-    note = "Saliency: mean of |A · ∂L/∂A| over the flows of a kind, normalised to add up to 1. Attention: its sum."
+    note = "Saliency: mean of |Σ_heads A ⊙ ∂L/∂A| over a kind's flows, normalised to add up to 1. Attention: its sum."
     return [Table(columns, rows, caption="What the last position reads, by layer", note=note)]
 
 
@@ -252,18 +253,23 @@ def load_inputs(options: argparse.Namespace) -> tuple[NotesToFind, BaselineInput
 
 def opened_models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
     """(name, path, model) of each model that the options name, one in memory at a time."""
-    if options.zero_shot_multimodal_llm:
-        path = options.zero_shot_multimodal_llm
-        model = MultimodalLLM.from_backbone(path, max_image_pixels=options.max_image_pixels, embedding_dim=None)
-        yield f"zero-shot {Path(path).name}", path, model.eval().to(default_device())
-        del model
-    for specification in options.model:
-        name, path = named_path(specification)
+    for name, path, is_released in named_models(options):
         try:
-            model = load_model(path)
+            if is_released:
+                model = MultimodalLLM.from_backbone(path, max_image_pixels=options.max_image_pixels, embedding_dim=None)
+                yield name, path, model.eval().to(default_device())
+                del model
+            else:
+                yield name, path, load_model(path)
         except OSError as error:  # no such folder, and no such repository on the Hub
-            raise SystemExit(f"--model {specification}: {error}") from error
-        yield name, path, model
+            raise SystemExit(f"--model {path}: {error}") from error
+
+
+def named_models(options: argparse.Namespace) -> list[tuple[str, str, bool]]:
+    """Name and path of each model that the options name, and whether it is a released multimodal LLM."""
+    released = [named_path(specification) for specification in options.zero_shot_multimodal_llm]
+    trained = [named_path(specification) for specification in options.model]
+    return [(f"zero-shot {name}", path, True) for name, path in released] + [(*one, False) for one in trained]
 
 
 def named_path(specification: str) -> tuple[str, str]:
@@ -326,8 +332,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--zero-shot-multimodal-llm",
-        metavar="PATH",
-        help="a row of a multimodal LLM (BLIP-2, Qwen2-VL, Qwen2.5-VL, Qwen3-VL) as it is, without any training",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="a multimodal LLM (BLIP-2, Qwen2-VL, Qwen2.5-VL, Qwen3-VL) as it is, without any training. May be given "
+        "several times",
     )
     what.add_argument(
         "--max-image-pixels",
@@ -419,6 +428,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("nothing to evaluate: give --model or --baselines")
     if (options.splits is None) == (options.notes is None or options.pairs is None):
         parser.error("give --splits, or --notes and --pairs")
+    names = [*options.baselines, *(name for name, _path, _is_released in named_models(options))]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        parser.error(f"two rows would be called {repeated[0]!r}: give names of their own, --model NAME=DIR")
+    if options.compare_to is not None and re.sub(r" \(.*\)$", "", options.compare_to) not in names:
+        parser.error(f"--compare-to {options.compare_to!r} is none of {', '.join(names)}")
     if min(options.ks) < 1 or len(set(options.ks)) < len(options.ks):
         parser.error(f"--ks must be distinct integers of at least 1, got {options.ks}")
     try:

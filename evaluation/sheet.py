@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics import Ranks, ScoreFunction, metrics_per_query
+from evaluation.metrics import Ranks, ScoreFunction, metrics_per_query, tie_order
 from modeling_notellm2.processing_notellm2 import read_image
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ def picture_sheet(
 ) -> list[SheetQuery]:
     """What each system answers to some queries: the notes of the pool with the highest scores, but for the query.
 
-    Ties are resolved as in `evaluation.metrics`: the lower position first, embeddings compared by their float64 product
-    rounded to float32.
+    Ties are resolved as in `evaluation.metrics`, embeddings compared by their float64 product rounded to float32.
 
     Args:
         notes: N notes.
@@ -124,7 +123,7 @@ def picture_sheet(
             shown[position] = notes[position]
         return shown[position]
 
-    sheet = []
+    sheet, ties = [], tie_order(len(notes))
     for query in map(int, queries):
         wanted = {int(position): None for position in related[query]}  # in the order of `related`
         in_pool = np.ones(len(notes), dtype=bool) if candidates is None else candidates.copy()
@@ -132,7 +131,7 @@ def picture_sheet(
         answers = {}
         for name, score in scores.items():
             row = _score_row(name, score, query, len(notes))
-            order = np.argsort(-row, kind="stable")
+            order = np.lexsort((ties, -row))
             answers[name] = [
                 Answer(note_at(int(position)), float(row[position]), int(position) in wanted)
                 for position in order[in_pool[order]][:top_k]
@@ -189,7 +188,7 @@ def _score_row(name: str, score: np.ndarray | ScoreFunction, query: int, num_not
         blocks = (score[start : start + 65536].astype(np.float32) for start in range(0, len(score), 65536))
         row = np.concatenate([(block * own).sum(axis=1) for block in blocks]).astype(np.float32)
     else:
-        row = score(query, query + 1)[0]
+        row = score(np.array([query]))[0]
     if row.shape != (num_notes,):
         raise ValueError(
             f"scores[{name!r}] gives scores of shape {row.shape} for note {query}, expected ({num_notes},): give a "

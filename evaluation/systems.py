@@ -154,7 +154,8 @@ def comparison_table(measured: Sequence[Measured], reference: Measured, metric: 
         caption=f"{metric} minus that of {reference.system.label}, on the same queries",
         note="low and high: 95 % bootstrap interval of the mean difference over queries. p: paired randomisation test, "
         "two-sided, of each comparison alone: of twenty comparisons without any difference one is expected below 0.05. "
-        "Neither says what another training run would give.",
+        "Both take queries for independent, which two related notes that are each other's targets are not: with such "
+        "pairs they are somewhat too sure. Neither says what another training run would give.",
     )
 
 

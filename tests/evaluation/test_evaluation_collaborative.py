@@ -111,27 +111,27 @@ def random_viewers(cold: bool = True) -> csr_array:
 
 def test_popularity_is_the_number_of_users_whatever_the_query() -> None:
     viewers = random_viewers()
-    scores = popularity_scores(viewers)(0, 20)
+    scores = popularity_scores(viewers)(np.arange(20))
     assert scores.shape == (20, 20)
     np.testing.assert_array_equal(scores, np.tile(viewers.toarray().sum(axis=1), (20, 1)))
-    np.testing.assert_array_equal(popularity_scores(viewers)(5, 9), scores[5:9])
+    np.testing.assert_array_equal(popularity_scores(viewers)(np.arange(5, 9)), scores[5:9])
     assert num_cold(viewers) == 2 and num_cold(random_viewers(cold=False)) == 0
 
 
 def test_item_cf_is_the_cosine_of_users() -> None:
     viewers = random_viewers()
-    scores = item_cf_scores(viewers)(0, 20)
+    scores = item_cf_scores(viewers)(np.arange(20))
     dense = viewers.toarray().astype(float)
     lengths = np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-9)
     np.testing.assert_allclose(scores, (dense / lengths) @ (dense / lengths).T, atol=1e-12)
     assert np.abs(scores - dense @ dense.T).max() > 0.5  # the control: plain counts
     assert not scores[[3, 7]].any() and not scores[:, [3, 7]].any()
-    np.testing.assert_array_equal(item_cf_scores(viewers)(5, 9), scores[5:9])
+    np.testing.assert_array_equal(item_cf_scores(viewers)(np.arange(5, 9)), scores[5:9])
 
 
 def test_notes_that_nobody_viewed_score_zero_everywhere() -> None:
     nobody = csr_array((4, 0), dtype=np.int32)
     assert num_cold(nobody) == 4
     for scores_of in (popularity_scores, item_cf_scores):
-        scores = scores_of(nobody)(1, 3)
+        scores = scores_of(nobody)(np.arange(1, 3))
         assert scores.shape == (2, 4) and not scores.any()

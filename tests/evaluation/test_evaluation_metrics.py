@@ -15,6 +15,7 @@ from evaluation.metrics import (
     metrics_per_query,
     rank_related,
     retrieval_metrics,
+    tie_order,
 )
 
 
@@ -29,20 +30,21 @@ def random_graph(num_notes: int, rng: np.random.Generator) -> list[np.ndarray]:
     return related
 
 
-def rows(scores: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return scores[start:stop]
+def rows(scores: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    return scores[positions]
 
 
 def naive_metrics(
     scores: np.ndarray, related: list[np.ndarray], ks: tuple[int, ...], candidates: np.ndarray | None = None
 ) -> dict[str, float]:
-    """By sorting the pool: descending score, then ascending position."""
+    """By sorting the pool: descending score, then the fixed order of ties."""
+    order = tie_order(len(related))
     values: dict[str, list[float]] = {name: [] for name in metric_names(ks)}
     for query, positions in enumerate(related):
         if len(positions) == 0:
             continue
         pool = [note for note in range(len(related)) if note != query and (candidates is None or candidates[note])]
-        ranking = sorted(pool, key=lambda note: (-scores[query, note], note))
+        ranking = sorted(pool, key=lambda note: (-scores[query, note], order[note]))
         gains = [note in set(positions.tolist()) for note in ranking]
         for k in ks:
             values[f"recall@{k}"].append(sum(gains[:k]) / len(positions))
@@ -68,9 +70,11 @@ def test_equals_naive_metrics_on_scores_with_many_ties(chunk_size: int) -> None:
     assert measured != pytest.approx(naive_metrics(scores[:, ::-1][::-1].T, related, ks), abs=1e-3)
 
 
-def test_ties_go_to_the_lower_position_and_the_query_is_not_in_its_pool() -> None:
+def test_ties_have_a_fixed_order_and_the_query_is_not_in_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.ones((4, 4), dtype=np.float32)
     related = [np.array([3]), np.array([0]), np.array([], dtype=np.int64), np.array([2, 0])]
+    assert sorted(tie_order(4)) == [0, 1, 2, 3] and tie_order(4).tolist() == tie_order(4).tolist()
+    monkeypatch.setattr(metrics, "tie_order", np.arange)
     per_query = metrics_per_query(rank_related(partial(rows, scores), related), ks=(1, 2))
     # Ranks: note 3 is third of (1, 2, 3); note 0 first of (0, 2, 3); notes 0 and 2 first and third of (0, 1, 2).
     np.testing.assert_allclose(per_query["mrr"], [1 / 3, 1, 1])
@@ -101,8 +105,9 @@ def test_tiles_of_float32_give_the_exact_ranks(tile: int, monkeypatch: pytest.Mo
     candidates = rng.random(num_notes) < 0.8
     related = [positions[candidates[positions]] for positions in related]
     exact = (embeds.astype(np.float64) @ embeds.T.astype(np.float64)).astype(np.float32)
+    ties = tie_order(num_notes)
     order = [
-        sorted((n for n in range(num_notes) if candidates[n] and n != q), key=lambda n: (-exact[q, n], n))  # noqa: B023
+        sorted((n for n in range(num_notes) if candidates[n] and n != q), key=lambda n: (-exact[q, n], ties[n]))  # noqa: B023
         for q in range(num_notes)
     ]
     ranks = rank_related(embeds, related, candidates, chunk_size=7)
@@ -111,7 +116,7 @@ def test_tiles_of_float32_give_the_exact_ranks(tile: int, monkeypatch: pytest.Mo
     assert (ranks.pool == candidates.sum() - candidates[ranks.query]).all()
     # Control: what float32 alone says is another order.
     rounded = (embeds @ embeds.T) if tile == 4096 else (embeds.astype(np.float16).astype(np.float32) @ embeds.T)
-    by_float32 = rank_related(lambda start, stop: rounded[start:stop], related, candidates)
+    by_float32 = rank_related(partial(rows, rounded), related, candidates)
     assert by_float32.rank.tolist() != expected
 
 
@@ -205,12 +210,62 @@ def test_bad_relations_are_refused(related: list[list[int]], message: str) -> No
 def test_bad_scores_and_cuts_are_refused() -> None:
     related = [np.array([1]), np.array([0])]
     with pytest.raises(ValueError, match="note 1 contain NaN"):
-        retrieval_metrics(lambda start, stop: np.array([[0, 0], [np.nan, 0]]), related)
+        retrieval_metrics(lambda rows: np.array([[0, 0], [np.nan, 0]]), related)
     with pytest.raises(ValueError, match=r"shape \(2, 3\), expected \(2, 2\)"):
-        retrieval_metrics(lambda start, stop: np.zeros((2, 3)), related)
+        retrieval_metrics(lambda rows: np.zeros((2, 3)), related)
     with pytest.raises(ValueError, match=r"expected \(2, D\)"):
         retrieval_metrics(np.eye(3), related)
     with pytest.raises(ValueError, match="ks must be"):
         retrieval_metrics(np.eye(2), related, ks=(0,))
     with pytest.raises(ValueError, match="chunk_size"):
         retrieval_metrics(np.eye(2), related, chunk_size=0)
+
+
+def test_a_system_that_knows_nothing_does_as_chance_also_on_a_sorted_table() -> None:
+    """The popular notes stand first, and are related to most."""
+    rng = np.random.default_rng(7)
+    num_notes = 400
+    popular = [np.delete(np.arange(40), q) if q < 40 else np.arange(40) for q in range(num_notes)]
+    related = [rng.choice(notes, size=3, replace=False) for notes in popular]
+    chance = chance_metrics(related, (10,))["recall@10"]
+    for score in (np.zeros((num_notes, 8), dtype=np.float32), lambda rows: np.ones((len(rows), num_notes))):
+        found = retrieval_metrics(score, related, (10,))["recall@10"]
+        assert abs(found - chance) < 0.08  # by position it would be 0.25
+    assert rank_related(np.zeros((num_notes, 8)), related).rank.tolist() == rank_related(score, related).rank.tolist()
+
+
+def test_functions_are_asked_for_queries_alone_and_for_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    scores = np.random.default_rng(8).random((50, 50))
+
+    def score(positions: np.ndarray) -> np.ndarray:
+        asked.append(positions.tolist())
+        return scores[positions]
+
+    related = [np.array([0]) if note in (7, 20, 49) else np.array([], dtype=np.int64) for note in range(50)]
+    rank_related(score, related)
+    assert asked == [[7, 20, 49]]
+    monkeypatch.setattr(metrics, "SCORE_NUMBERS", 100)
+    asked.clear()
+    rank_related(score, related)
+    assert asked == [[7, 20], [49]]
+
+
+def test_near_embeddings_of_a_wide_model_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of vectors that all point one way, float32 tells few apart: all are compared again, some at a time."""
+    rng = np.random.default_rng(9)
+    embeds = (1 + 1e-4 * rng.normal(size=(300, 512))).astype(np.float32)
+    related = [np.array([(note + 1) % 300]) for note in range(300)]
+    expected = rank_related(embeds, related)
+    monkeypatch.setattr(metrics, "EXACT_NUMBERS", 4096)
+    largest = 0
+    double = metrics.torch.Tensor.double
+
+    def measured(tensor: metrics.torch.Tensor) -> metrics.torch.Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return double(tensor)
+
+    monkeypatch.setattr(metrics.torch.Tensor, "double", measured)
+    assert rank_related(embeds, related).rank.tolist() == expected.rank.tolist()
+    assert 0 < largest <= 4096

@@ -126,7 +126,9 @@ def test_heads_train_on_the_folders_given(folder: Path, monkeypatch: pytest.Monk
         (["--ks", "0"], "ks must be"),
         (["--splits", "splits"], "give --splits, or --notes and --pairs"),
         (["--train-views", "views.csv"], "--train-views needs --splits"),
-        (["--compare-to", "nobody"], "'nobody' is none of bm25"),
+        (["--compare-to", "nobody"], "'nobody' is none of chance, bm25"),
+        (["--model", "a/best", "--model", "b/best"], "two rows would be called 'best'"),
+        (["--model", "bm25=a"], "two rows would be called 'bm25'"),
     ],
 )
 def test_bad_options_are_refused(

@@ -40,7 +40,7 @@ def test_answers_have_the_first_ranks_of_the_metrics(with_candidates: bool) -> N
 def test_functions_answer_like_embeddings_and_right_answers_are_known() -> None:
     embeds = random_embeds()
     related = [np.array([(query + 1) % 30, (query + 2) % 30]) for query in range(30)]
-    scores = {"embeds": embeds, "function": lambda start, stop: embeds[start:stop] @ embeds.T, "other": embeds[::-1]}
+    scores = {"embeds": embeds, "function": lambda rows: embeds[rows] @ embeds.T, "other": embeds[::-1]}
     sheet = picture_sheet(NOTES, related, scores, [3, 17], top_k=29)
     for query, position in zip(sheet, (3, 17), strict=True):
         assert query.note is NOTES[position]

@@ -59,7 +59,12 @@ def run(
     if kill is not None and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
         trainer.add_callback(Kill(*kill))
     torch.manual_seed(random.randrange(10**6))  # a new process is in another random state
-    trainer.train(resume_from_checkpoint=resume)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on how many threads share them, and other tests set that number
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        torch.set_num_threads(threads)
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
