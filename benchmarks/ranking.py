@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.measure import Limits, measure
 from benchmarks.pairs import whole_number
-from evaluation.metrics import mean_metrics, rank_related
+from evaluation.metrics import mean_metrics, rank_related, tie_order
 
 SAMPLE = 50
 
@@ -47,13 +47,13 @@ def run(num_notes: int, num_queries: int, dim: int, num_related: int) -> dict[st
     ranks = rank_related(embeds, related)
     mean_metrics(ranks, (10, 100, 1000, 10_000, 100_000))
     seconds = time.perf_counter() - started
-    exact = embeds.astype(np.float64)
+    exact, ties = embeds.astype(np.float64), tie_order(num_notes)
     checked = 0
     for query in rng.choice(queries, min(SAMPLE, num_queries), replace=False).tolist():
         scores = (exact @ exact[query]).astype(np.float32)
         scores[query] = -np.inf
         place = np.empty(num_notes, dtype=np.int64)
-        place[np.argsort(-scores, kind="stable")] = np.arange(1, num_notes + 1)
+        place[np.lexsort((ties, -scores))] = np.arange(1, num_notes + 1)
         own = ranks.query == query
         if not np.array_equal(place[ranks.target[own]], ranks.rank[own]):
             raise RuntimeError(f"query {query}: ranks {ranks.rank[own]}, by sorting {place[ranks.target[own]]}.")
@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = run(options.notes, options.queries, options.dim, options.related[0])
         options.single.write_text(json.dumps(found), encoding="utf-8")
         return
-    lines = ["| Notes | Queries | Related | Time (s) | Peak memory (GB) | Checked pairs |", "|--:|--:|--:|--:|--:|--:|"]
+    sys.stdout.write(
+        "| Notes | Queries | Related | Time (s) | Peak memory (GB) | Checked pairs |\n|--:|--:|--:|--:|--:|--:|\n"
+    )
     for num_related in options.related:
         with tempfile.TemporaryDirectory() as temp:
             file = Path(temp) / "result.json"
@@ -90,11 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if usage.failure:
                 raise SystemExit(f"{subprocess.list2cmdline(command)}: {usage.failure}")
             found = json.loads(file.read_text(encoding="utf-8"))
-        lines.append(
+        sys.stdout.write(
             f"| {options.notes:,} | {options.queries:,} | {num_related} | {found['seconds']:.1f} "
-            f"| {usage.peak_memory_gb:.2f} | {found['checked']} |"
+            f"| {usage.peak_memory_gb:.2f} | {found['checked']} |\n"
         )
-    sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
