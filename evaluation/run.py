@@ -49,7 +49,7 @@ from evaluation.systems import (
     model_systems,
     slice_table,
 )
-from modeling_notellm2 import NoteLLM2Model  # registers it with AutoModel
+from modeling_notellm2 import NoteLLM2Model, NoteLLM2PreTrainedModel  # registers it with AutoModel
 from modeling_notellm2.processing_notellm2 import Language
 from pairs.subsets import load_subsets
 from pairs.tables import load_notes, load_pairs, pair_positions, related_indices
@@ -137,9 +137,15 @@ def evaluate_baselines(
     return [chance_row(task, ks) if name == "chance" else rows[name] for name in names]
 
 
-def load_model(name_or_path: str) -> NoteLLM2Model:
-    """Load a model from a folder or the Hub, onto the GPU if there is one."""
-    model: NoteLLM2Model = AutoModel.from_pretrained(name_or_path)
+def load_model(name_or_path: str) -> NoteLLM2PreTrainedModel:
+    """Load a model from a folder or the Hub, onto the GPU if there is one.
+
+    Raises:
+        OSError: there is none, or it is of another kind.
+    """
+    model = AutoModel.from_pretrained(name_or_path)
+    if not isinstance(model, NoteLLM2PreTrainedModel):
+        raise OSError(f"{name_or_path!r} is a {type(model).__name__}, no NoteLLM-2: train it first, or use --llm.")
     return model.eval().to(default_device())
 
 
@@ -433,6 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"two rows would be called {repeated[0]!r}: give names of their own, --model NAME=DIR")
     if options.compare_to is not None and re.sub(r" \(.*\)$", "", options.compare_to) not in names:
         parser.error(f"--compare-to {options.compare_to!r} is none of {', '.join(names)}")
+    if options.attention_pairs == 1:
+        parser.error("--attention-pairs 1: one pair has no negatives to compare with; give 2 or more, or 0")
     if min(options.ks) < 1 or len(set(options.ks)) < len(options.ks):
         parser.error(f"--ks must be distinct integers of at least 1, got {options.ks}")
     try:

@@ -81,6 +81,12 @@ def test_the_command_writes_one_row_a_baseline_and_modality(
     assert "stub    both" in capsys.readouterr().out
 
 
+def test_a_model_of_another_kind_is_refused(llm_folder: Callable[[str], Path]) -> None:
+    options = run.build_parser().parse_args(["--model", str(llm_folder("llama")), "--output", "x"])
+    with pytest.raises(SystemExit, match="is a LlamaModel, no NoteLLM-2"):
+        list(run.opened_models(options))
+
+
 def test_names_and_paths(tmp_path: Path) -> None:
     """A study's folders have "=" in their names."""
     folder = tmp_path / "variant=basic-seed0"
@@ -129,6 +135,7 @@ def test_heads_train_on_the_folders_given(folder: Path, monkeypatch: pytest.Monk
         (["--compare-to", "nobody"], "'nobody' is none of chance, bm25"),
         (["--model", "a/best", "--model", "b/best"], "two rows would be called 'best'"),
         (["--model", "bm25=a"], "two rows would be called 'bm25'"),
+        (["--attention-pairs", "1"], "one pair has no negatives"),
     ],
 )
 def test_bad_options_are_refused(
