@@ -54,6 +54,7 @@ class Study:
             self.states = {
                 name: self._states(split.notes, folder) for name, split in (("train", train), ("test", test))
             }
+            self.model.fit_standardizers(self.states["train"].select(torch.arange(len(train.notes))))
             self.related = related_indices(list(test.notes["note_id"]), test.pairs)
         self.start = copy.deepcopy(self.model.state_dict())
 

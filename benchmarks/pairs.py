@@ -22,7 +22,7 @@ import duckdb
 import psutil
 from tqdm.auto import tqdm
 
-from benchmarks.measure import Limits, Usage, measure
+from benchmarks.measure import Limits, Usage, facts_text, measure
 from benchmarks.pair_systems import JobScore, System
 from benchmarks.view_log import LogShape, generate_log
 from evaluation.report import collect_facts
@@ -164,17 +164,6 @@ def markdown_table(runs: Sequence[Run]) -> str:
             cells.append(", ".join(f"{name} {value:.1f}" for name, value in [("starting", rest), *stages.items()]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def facts_text(facts: dict[str, object]) -> str:
-    """What one must know to repeat a measurement, a line each."""
-
-    def flat(value: object) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{name} {item}" for name, item in value.items())
-        return f"`{value}`" if isinstance(value, str) else str(value)
-
-    return "\n".join(f"- {name}: {flat(value)}" for name, value in facts.items())
 
 
 def _collect_facts(args: argparse.Namespace) -> dict[str, object]:

@@ -23,7 +23,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +33,10 @@ import numpy as np
 import psutil
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.measure import Limits, Usage, measure
+from benchmarks.measure import FlopCounter, Limits, Usage, measure, moment, product_flops
 from evaluation.report import collect_facts
 from hub.compose import compose
 from modeling_notellm2 import NoteLLM2Model
@@ -84,32 +81,6 @@ class Run:
     peak_flops: float | None = None
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts what matrix products and convolutions compute, by PyTorch's own formulas.
-
-    (`FlopCounterMode` also follows modules, by hooks that passes without gradients break.)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count it."""
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def moment(device: torch.device) -> float:
-    """The time, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def step_times(
     seconds: list[float], notes: float, pairs: float, first_flops: int, first_notes: float, device: torch.device
 ) -> StepTimes:
@@ -117,18 +88,6 @@ def step_times(
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     flops = first_flops / first_notes * notes / median(seconds)
     return StepTimes(seconds, notes, pairs, flops, memory)
-
-
-def product_flops(device: torch.device, dtype: torch.dtype, size: int = 4096, repeat: int = 5) -> float:
-    """Floating-point operations a second of a large matrix product: the median of `repeat`."""
-    size = size if device.type == "cuda" else min(size, 2048)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _turn in range(repeat + 1):
-        started = moment(device)
-        left @ right
-        seconds.append(moment(device) - started)
-    return 2 * size**3 / median(seconds[1:])
 
 
 def official_steps(
@@ -217,6 +176,7 @@ def batch_pairs_for(dataset: PairDataset, options: BatchOptions, pairs: int) -> 
 def run_system(args: argparse.Namespace) -> None:
     """One run in this process; writes what it took to `args.result`."""
     composition, data, training = parse_arguments([args.config, *args.options])
+    composition.standardize_states = False  # the warm-up would measure them, and it is no part of a step
     set_seed(0)
     split = load_split(args.splits, "train")
     model = compose(composition)
@@ -224,6 +184,7 @@ def run_system(args: argparse.Namespace) -> None:
     dataset = PairDataset(*split)
     size = args.pairs
     if args.system == "official":
+        model.language_model.set_attn_implementation("sdpa")  # padded, as there
         apply_llm_tuning(model, training)
         times = official_steps(model, dataset, training, size, args.steps)
     else:

@@ -1,4 +1,8 @@
-"""Notes compared by their words: BM25 and TF-IDF, both over the notes of the pool alone."""
+"""Notes compared by their words: BM25 and TF-IDF.
+
+How rare a word is, and how long a text is beside others, is counted over all notes that are given: the pool and the
+queries, whatever the protocol, and so alike for every query. Training notes are no part of it.
+"""
 
 import logging
 import re

@@ -11,6 +11,7 @@ the pool, and memory is one tile of scores, whatever the number of notes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -67,6 +68,8 @@ def retrieval_metrics(
     Returns:
         `{"recall@10": …, "ndcg@10": …, "hit_rate@10": …, …, "mrr": …}`, each in [0, 1].
 
+    Raises: what these two raise.
+
     >>> embeds = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     >>> retrieval_metrics(embeds, [np.array([2]), np.array([0]), np.array([])], ks=(1,))
     {'recall@1': 0.5, 'ndcg@1': 0.5, 'hit_rate@1': 0.5, 'mrr': 0.75}
@@ -92,7 +95,7 @@ def metrics_per_query(ranks: Ranks, ks: Sequence[int] = (10, 100)) -> dict[str, 
         `{"recall@10": (Q,) float64, …, "mrr": (Q,) float64}`.
 
     Raises:
-        ValueError: a K is below 1 or given twice; there is no pair.
+        ValueError: `ks` are no integers of at least 1, each once; there is no pair.
     """
     _check_ks(ks)
     if not len(ranks.query):
@@ -132,8 +135,9 @@ def rank_related(
             the embeddings is some tens of MB, and a few times the scores of a chunk for a function.
 
     Raises:
-        ValueError: a position is out of range, repeated, the note itself or no candidate; no note has a related note;
-            the chunk size is below 1; scores are NaN or of the wrong shape.
+        TypeError: `score` is neither an array nor a function.
+        ValueError: a related note is not given by its position; a position is out of range, repeated, the note itself
+            or no candidate; no note has a related note; the chunk size is below 1; scores are NaN or misshapen.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
@@ -142,6 +146,11 @@ def rank_related(
     query = np.repeat(np.arange(len(related)), sizes)
     target = np.concatenate([positions for positions in related if len(positions)])
     is_candidate = np.ones(len(related), dtype=bool) if candidates is None else candidates
+    if not isinstance(score, np.ndarray) and not callable(score):
+        raise TypeError(
+            f"score is a {type(score).__name__}: give an (N, D) NumPy array of embeddings, as np.asarray(score) makes "
+            "it of lists, or a function of scores."
+        )
     if isinstance(score, np.ndarray):
         rank = _ranks_of_embeds(score, query, target, is_candidate, chunk_size)
     else:
@@ -319,12 +328,24 @@ def _expected_reciprocal_rank(pool: int, size: int) -> float:
 
 
 def _check_ks(ks: Sequence[int]) -> None:
-    if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
-        raise ValueError(f"ks must be distinct integers of at least 1, got {list(ks)}.")
+    is_listed = isinstance(ks, Sequence) and len(ks) > 0 and all(isinstance(k, Integral) for k in ks)
+    if not is_listed or min(ks) < 1 or len(set(ks)) < len(ks):
+        raise ValueError(f"ks must be distinct integers of at least 1, as (10, 100) or (10,), got {ks!r}.")
+
+
+def _checked_positions(query: int, positions: np.ndarray) -> np.ndarray:
+    """(R,) int64, one note's related notes. An empty array may be of any dtype."""
+    found = np.asarray(positions)
+    if found.ndim != 1 or len(found) and not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(
+            f"related[{query}] = {positions!r} is no list of integers: give the positions of its related notes among "
+            "the notes, from 0, not their ids; pairs.tables.related_indices makes them of a table of pairs."
+        )
+    return found.astype(np.int64)
 
 
 def _checked_related(related: Sequence[np.ndarray], candidates: np.ndarray | None) -> list[np.ndarray]:
-    checked = [np.asarray(positions, dtype=np.int64) for positions in related]
+    checked = [_checked_positions(query, positions) for query, positions in enumerate(related)]
     if candidates is not None and (candidates.shape != (len(checked),) or candidates.dtype != bool):
         raise ValueError(
             f"candidates has shape {candidates.shape} and dtype {candidates.dtype}, expected ({len(checked)},) bool: "
@@ -333,8 +354,6 @@ def _checked_related(related: Sequence[np.ndarray], candidates: np.ndarray | Non
     for query, positions in enumerate(checked):
         if len(positions) == 0:
             continue
-        if not np.issubdtype(np.asarray(related[query]).dtype, np.integer):
-            raise ValueError(f"related[{query}] = {related[query]} is not of integers: give positions of notes.")
         if positions.min() < 0 or positions.max() >= len(checked):
             raise ValueError(
                 f"related[{query}] = {positions.tolist()} has a position outside 0..{len(checked) - 1}: "

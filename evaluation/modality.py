@@ -12,7 +12,8 @@ follows.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -22,10 +23,10 @@ from tqdm.auto import tqdm
 
 from evaluation.lexical import note_text
 from evaluation.metrics import Ranks, ScoreFunction, chance_metrics, metrics_per_query, rank_related
-from evaluation.report import Table
+from evaluation.report import Percent, Table, decimal
 from evaluation.significance import PairedTest, bootstrap_interval, paired_test
 from modeling_notellm2 import NoteLLM2Model
-from modeling_notellm2.processing_notellm2 import TEXT_FIELDS
+from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, has_image
 from train.data import NoteReader
 from train.features import VisionFeatureTable
 from train.states import WINDOW_BATCHES, NoteStateTable
@@ -43,6 +44,7 @@ ALL_PAIRS = "all"
 
 NEGLIGIBLE = 0.02
 """A relative change of a metric that does not matter: the paper calls 71.94 and 71.49 neglect, a change of 0.6 %."""
+_CHANGE_COLUMNS = ("change", "low", "high", "relative")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -80,7 +82,7 @@ def with_modality(notes: Iterable[Mapping[str, Any]], modality: Modality) -> lis
 
 def is_blank(note: Mapping[str, Any]) -> bool:
     """Whether a note has neither text nor image, so that no model can encode it."""
-    return note.get("image") is None and not note_text(note)
+    return not has_image(note) and not note_text(note)
 
 
 def encode_with_modality(
@@ -169,10 +171,11 @@ def reliance(
     slices: Mapping[str, np.ndarray] | None = None,
     candidates: np.ndarray | None = None,
     embeds: Mapping[str, np.ndarray] | None = None,
+    ranks: Mapping[str, Ranks] | None = None,
     seed: int = 0,
 ) -> Reliance:
-    """Measure a model under each of `CONDITIONS`, on the same queries. The notes are encoded five times, or less often
-    where `embeds` has what is known.
+    """Measure a model under each of `CONDITIONS`, on the same queries. The notes are encoded five times and ranked
+    nine times, or less often where `embeds` and `ranks` have what is known.
 
     Args:
         model: anything with `NoteLLM2Model`'s `encode` that reads images; of a `NoteLLM2Model` with late fusion, the
@@ -185,30 +188,37 @@ def reliance(
         slices: name ─► (P,) bool, some of the pairs in the order of `Ranks`, as from `evaluation.slices.pair_slices`.
         candidates: (N,) bool, the notes that pools are made of. Default: all.
         embeds: modality ─► (N, D) float32, what `encode_with_modality` made of these notes already.
+        ranks: modality ─► what `rank_related` made of these embeddings, of `related` and of `candidates` already.
         seed: of who gets whose image and text.
 
     Raises:
         ValueError: the model reads no images; fewer than two notes have an image, or a text; a slice is no mask of the
-            pairs, or empty; and what `rank_related` refuses.
+            pairs, or empty; `ranks` are of other pairs; and what `rank_related` refuses.
     """
     if model.config.vision_config is None:
         raise ValueError("The model reads text alone (config.vision_config is None): there is no reliance to measure.")
     notes = list(notes)
     rng = np.random.default_rng(seed)
     donors = {
-        "image": draw_donors(np.array([note.get("image") is not None for note in notes]), rng, "an image"),
+        "image": draw_donors(np.array([has_image(note) for note in notes]), rng, "an image"),
         "text": draw_donors(np.array([bool(note_text(note)) for note in notes]), rng, "a text"),
     }
     scores = _scores_of_conditions(model, notes, donors, batch_size, vision_features, embeds or {})
-    ranks = {condition: rank_related(scores[condition], related, candidates) for condition in CONDITIONS}
+    found = dict(ranks or {})
+    for condition in CONDITIONS:
+        if condition not in found:
+            found[condition] = rank_related(scores[condition], related, candidates)
+    for name in MODALITIES:
+        if not _are_same_pairs(found[name], found["image shuffled"]):
+            raise ValueError(f"ranks[{name!r}] is of other pairs: rank the same related notes among the same notes.")
     swaps = {
         name: swap
         for name in donors
         if (swap := _follow(scores[f"{name} swapped"], donors[name], related, ks, candidates)) is not None
     }
     per_query = {
-        name: {condition: metrics_per_query(found.select(mask), ks) for condition, found in ranks.items()}
-        for name, mask in _checked_slices(slices or {}, ranks["both"]).items()
+        name: {condition: metrics_per_query(found[condition].select(mask), ks) for condition in CONDITIONS}
+        for name, mask in _checked_slices(slices or {}, found["both"]).items()
     }
     chance = chance_metrics(related, ks, candidates)
     weights = None
@@ -286,6 +296,7 @@ def fusion_weights(
     notes: Sequence[Mapping[str, Any]],
     batch_size: int = 32,
     vision_features: VisionFeatureTable | None = None,
+    show_progress_bar: bool = True,
 ) -> np.ndarray:
     """The weight of the image in late fusion, of the M notes that have one, in their order.
 
@@ -298,10 +309,11 @@ def fusion_weights(
     """
     if model.late_fusion is None:
         raise ValueError("The model has no late fusion (late_fusion=None), so there are no weights to look at.")
-    rows = torch.tensor([row for row, note in enumerate(notes) if note.get("image") is not None], dtype=torch.int64)
+    rows = torch.tensor([row for row, note in enumerate(notes) if has_image(note)], dtype=torch.int64)
     reader = NoteReader(notes, model.processor, vision_features)
     weights = [np.zeros(0, dtype=np.float32)]
-    with tqdm(total=len(rows), desc="fusion weights", unit="note") as progress, torch.no_grad():
+    bar = tqdm(total=len(rows), desc="fusion weights", unit="note", disable=not show_progress_bar)
+    with bar as progress, torch.no_grad():
         for window in rows.split(WINDOW_BATCHES * batch_size):
             states = NoteStateTable(model, reader, window, batch_size, show_progress_bar=False).select(window)
             weight = model.embed_states(states).fusion_weight
@@ -314,23 +326,29 @@ def fusion_weights(
 def conclude(
     values: Mapping[str, np.ndarray], chance: float, metric: str, swaps: Mapping[str, Swap] | None = None
 ) -> list[str]:
-    """Say in plain sentences what the model relies on: `say_use` and `say_alone` of images, then of text, `say_swap`.
+    """Say in plain sentences what the model relies on: `say_use`, `say_exchange` and `say_alone` of images, then of
+    text, `say_swap`.
 
     Args:
-        values: condition ─► (Q,) floats, a metric of each query, of "both", "text" and "image" at least.
+        values: condition ─► (Q,) floats, a metric of each query, of "both", "text" and "image" at least; also of "image
+            shuffled" and "text shuffled".
         chance: what a random order is expected to reach.
         metric: its name.
         swaps: as in `Reliance`.
     """
     if not values["both"].any():
         return [f"With text and image {metric} is 0: what the model relies on cannot be told."]
-    sentences = [
-        say_use("images", values["both"], values["text"], metric),
-        say_alone("image", values["image"], chance, metric),
-        say_use("text", values["both"], values["image"], metric),
-        say_alone("text", values["text"], chance, metric),
-    ]
-    return sentences + [say_swap(swap, modality, metric) for modality, swap in (swaps or {}).items()]
+    both, sentences, read = values["both"], [], set()
+    uses: tuple[tuple[Literal["images", "text"], Literal["image", "text"], str], ...]
+    uses = (("images", "image", "text"), ("text", "text", "image"))
+    for what, own, other in uses:
+        sentences.append(say_use(what, both, values[other], metric))
+        if f"{own} shuffled" in values:
+            sentences.append(say_exchange(what, both, values[other], values[f"{own} shuffled"], metric))
+            if _is_read(*_relative_bounds(paired_test(values[f"{own} shuffled"], both), both)):
+                read.add(own)
+        sentences.append(say_alone(own, values[own], chance, float(both.mean()), metric))
+    return sentences + [say_swap(swap, modality, metric, read) for modality, swap in (swaps or {}).items()]
 
 
 def say_use(what: Literal["images", "text"], both: np.ndarray, without: np.ndarray, metric: str) -> str:
@@ -340,7 +358,7 @@ def say_use(what: Literal["images", "text"], both: np.ndarray, without: np.ndarr
 
     - all of it within `NEGLIGIBLE` of 0: the model neglects them, also where enough queries tell it from 0;
     - below 0: the model uses them; above 0: they harm it;
-    - 0 in it, and wider: the queries are too few to tell.
+    - 0 in it, and wider, or one query, which has no interval: the queries are too few to tell.
 
     Args:
         what: is left out.
@@ -350,111 +368,194 @@ def say_use(what: Literal["images", "text"], both: np.ndarray, without: np.ndarr
     """
     them, they_harm = ("them", "they harm") if what == "images" else ("it", "it harms")
     test = paired_test(without, both)
-    mean = float(both.mean())
-    low, high = test.low / mean, test.high / mean
+    low, high = _relative_bounds(test, both)
     is_little = max(-low, high) <= NEGLIGIBLE
     if is_little:
         verdict = f"the model neglects {them}"
-    elif low <= 0 <= high:
-        verdict = f"{test.queries} queries are too few to tell whether it uses {them}"
+    elif high < 0:
+        verdict = f"the model uses its {what}"
+    elif low > 0:
+        verdict = f"{they_harm} the model"
     else:
-        verdict = f"the model uses its {what}" if high < 0 else f"{they_harm} the model"
-    moved = "stays at" if not test.difference else f"{'falls' if test.difference < 0 else 'rises'} from {mean:.4f} to"
-    return (
-        f"Without {what} {metric} {moved} {without.mean():.4f} ({_percent(test.difference / mean)}, 95 % interval "
-        f"{_percent(low)} … {_percent(high)}): {verdict}."
-    )
+        verdict = f"{_too_few(test.queries)} to tell whether it uses its {what}"
+    return f"Without {what} {_say_change(test, both, without, metric)}: {verdict}."
 
 
-def say_alone(modality: Literal["image", "text"], values: np.ndarray, chance: float, metric: str) -> str:
-    """Whether the image or the text alone finds more than chance: the 95 % interval of the mean lies above it.
+def say_exchange(
+    what: Literal["images", "text"], both: np.ndarray, without: np.ndarray, exchanged: np.ndarray, metric: str
+) -> str:
+    """Whether a model reads what its images show, or what its text says: each note has another note's instead.
+
+    Without images a note has another prompt, so that a loss there may be of the prompt and not of the images. The
+    rule looks at the 95 % interval of the paired difference between exchanged and own ones, in this order:
+
+    - all of it within `NEGLIGIBLE` of 0: the model neglects what they show, also where queries tell it from 0;
+    - below 0: the model reads them; above 0: other notes' do better;
+    - 0 in it, and without them the model surely loses, and surely more than with exchanged ones: that they are there
+      matters more than what they show;
+    - otherwise, or of one query: the queries are too few to tell.
+
+    Args:
+        what: is exchanged between all notes.
+        both: (Q,) floats, the metric of each query with its own text and image, not all 0.
+        without: (Q,) floats, the same queries without.
+        exchanged: (Q,) floats, the same queries.
+        metric: its name.
+    """
+    show, there = ("what they show", "there are images") if what == "images" else ("what it says", "there is a text")
+    test, lost, kept = paired_test(exchanged, both), paired_test(without, both), paired_test(exchanged, without)
+    low, high = _relative_bounds(test, both)
+    if max(-low, high) <= NEGLIGIBLE:
+        verdict = f"the model neglects {show}"
+    elif _is_read(low, high):
+        verdict = f"the model reads {show}"
+    elif low > 0:
+        verdict = "other notes' do better than its own"
+    elif lost.high < 0 and kept.low > 0:
+        verdict = f"that {there} matters more than {show}"
+    else:
+        verdict = f"{_too_few(test.queries)} to tell whether it reads {show}"
+    return f"With other notes' {what} {_say_change(test, both, exchanged, metric)}: {verdict}."
+
+
+def _is_read(low: float, high: float) -> bool:
+    """Whether the model reads what was exchanged, by the interval of `say_exchange`."""
+    return high < 0 and -low > NEGLIGIBLE
+
+
+def _relative_bounds(test: PairedTest, both: np.ndarray) -> tuple[Percent, Percent]:
+    """The interval of a difference, as shares of the mean with both; a metric cannot lose more than all; NaN stays."""
+    return Percent(np.maximum(-1.0, test.low / both.mean())), Percent(test.high / both.mean())
+
+
+def _say_change(test: PairedTest, both: np.ndarray, other: np.ndarray, metric: str) -> str:
+    """From where to where the metric moves, and by how much."""
+    low, high = _relative_bounds(test, both)
+    interval = "" if math.isnan(test.low) else f", 95\u00a0% interval {low} … {high}"
+    direction = "falls" if test.difference < 0 else "rises"
+    moved = f"{direction} from {both.mean():.4f} to" if test.difference else "stays at"
+    return f"{metric} {moved} {other.mean():.4f} ({Percent(test.difference / both.mean())}{interval})"
+
+
+def say_alone(modality: Literal["image", "text"], values: np.ndarray, chance: float, both: float, metric: str) -> str:
+    """Whether the image or the text alone finds more than chance.
+
+    The rule looks at the 95 % interval of the mean:
+
+    - above chance: more; below it: less;
+    - chance in it, and its upper end above chance by no more than `NEGLIGIBLE` of what both find: no more;
+    - chance in it, and wider, or one query, which has no interval: the queries are too few to tell.
 
     Args:
         modality: what is left.
         values: (Q,) floats.
         chance: the expectation of their mean if pools are in random order.
+        both: the mean with text and image.
         metric: its name.
     """
     low, high = bootstrap_interval(values)
-    verdict = "more than chance" if low > chance else "less than chance" if high < chance else "no more than chance"
-    return (
-        f"The {modality} alone reaches {metric} {values.mean():.4f} (95 % interval {low:.4f} … {high:.4f}; chance "
-        f"{chance:.4f}): {verdict}."
-    )
+    if low > chance:
+        verdict = "more than chance"
+    elif high < chance:
+        verdict = "less than chance"
+    elif high - chance <= NEGLIGIBLE * both:
+        verdict = "no more than chance"
+    else:
+        verdict = f"{_too_few(len(values))} to tell it from chance"
+    interval = "" if math.isnan(low) else f"95\u00a0% interval {low:.4f} … {high:.4f}; "
+    return f"The {modality} alone reaches {metric} {values.mean():.4f} ({interval}chance {chance:.4f}): {verdict}."
 
 
-def say_swap(swap: Swap, modality: str, metric: str) -> str:
+def _too_few(queries: int) -> str:
+    return "one query is too little" if queries == 1 else f"{queries} queries are too few"
+
+
+def say_swap(swap: Swap, modality: str, metric: str, read: Collection[str] = ()) -> str:
     """Which of two notes a query follows that is made of both: the one it finds more related notes of, if the 95 %
-    interval of the paired difference excludes 0."""
+    interval of the paired difference excludes 0. A model that reads the modality that loses, too, only leans on the
+    other.
+
+    Args:
+        swap: what such queries find.
+        modality: "image" or "text", which the lender gave.
+        metric: its name.
+        read: of "image" and "text" what the model reads, by the rule of `say_exchange`.
+    """
     own, other = swap.own[metric], swap.other[metric]
-    test = paired_test(other, own)
+    test = paired_test(own, other)
     kept = "text" if modality == "image" else "image"
-    verdict = f"it follows the {modality if test.low > 0 else kept}"
-    if test.low <= 0 <= test.high:
-        verdict = "it follows neither more than the other"
+    verdict = "it follows neither more than the other"
+    if test.low > 0 or test.high < 0:
+        winner, loser = (kept, modality) if test.low > 0 else (modality, kept)
+        verdict = f"it {'leans on' if loser in read else 'follows'} the {winner}"
+    interval = "" if math.isnan(test.low) else f", 95\u00a0% interval {decimal(test.low)} … {decimal(test.high)}"
+    queries = "one query that has" if test.queries == 1 else f"{test.queries} queries that have"
     return (
-        f"Where a query has the {modality} of another note, {metric} is {own.mean():.4f} for what is related to its "
-        f"{kept} and {other.mean():.4f} for what is related to its {modality}: {verdict}."
+        f"With its own {kept} and another note's {modality}, a query reaches {metric} {own.mean():.4f} of its own "
+        f"note's related notes and {other.mean():.4f} of the lender's (difference {decimal(test.difference)}{interval}"
+        f"; {queries} something to find of both): {verdict}."
     )
 
 
 def reliance_tables(found: Reliance) -> list[Table]:
     """Tables for a report; those of which there is nothing are left out.
 
-    - each condition, its metrics, and the change of `found.metric` from "both" with its 95 % interval;
+    - each condition, the change of `found.metric` from "both" with its 95 % interval, and its metrics;
     - for swapped queries, what they find of each of the two notes;
     - for each slice but the whole, the same metric in each condition, and the change without images;
     - mean, standard deviation and quantiles of the fusion weights.
     """
     metric, names = found.metric, list(found.chance)
-    rows = [[name, *map(found.metrics(name).get, names), *_change_cells(found, name)] for name in CONDITIONS]
-    rows.append(["chance", *map(found.chance.get, names), None, None, None, None])
+    rows = [[name, *_change_cells(found, name), *map(found.metrics(name).get, names)] for name in CONDITIONS]
+    rows.append(["chance", None, None, None, None, *map(found.chance.get, names)])
     queries = len(found.per_query[ALL_PAIRS]["both"][metric])
     blank = ", ".join(f"{number} with {modality}" for modality, number in found.blank_notes.items())
     tables = [
         Table(
-            ["condition", *names, "change", "low", "high", "relative"],
+            ["condition", *_CHANGE_COLUMNS, *names],
             rows,
             caption=f"What the model relies on ({queries} queries)",
-            note=f"Change: {metric} minus that with both, and its 95 % bootstrap interval over queries. Shuffled: "
-            f"every note has another note's. Swapped: the query alone has. Notes left with nothing: {blank}.",
+            note=f"Change: {metric} minus that with both; low and high: its 95\u00a0% bootstrap interval over queries; "
+            "relative: the change as a share of that with both. Shuffled: every note has another note's. Swapped: the "
+            f"query alone has. Notes left with nothing: {blank}.",
         )
     ]
     if found.swaps:
         tables.append(
             Table(
-                ["swapped", "queries", f"{metric}, own note", f"{metric}, other note"],
+                ["swapped", "queries", f"{metric}, own note", f"{metric}, lender"],
                 [
                     [name, len(swap.own[metric]), float(swap.own[metric].mean()), float(swap.other[metric].mean())]
                     for name, swap in found.swaps.items()
                 ],
-                caption="Which note a query follows that has a modality of another",
+                caption="Which note a query follows that has the image or the text of another, the lender",
             )
         )
     slices = [name for name in found.per_query if name != ALL_PAIRS]
     if slices:
         tables.append(
             Table(
-                ["slice", "queries", *CONDITIONS, "change without images", "low", "high", "relative"],
+                ["slice", "queries", *_CHANGE_COLUMNS, *CONDITIONS],
                 [
                     [
                         name,
                         len(found.per_query[name]["both"][metric]),
-                        *(found.metrics(condition, name)[metric] for condition in CONDITIONS),
                         *_change_cells(found, "text", name),
+                        *(found.metrics(condition, name)[metric] for condition in CONDITIONS),
                     ]
                     for name in slices
                 ],
                 caption=f"What the model relies on by slice, {metric}",
+                note="Change: without images (text) minus with both.",
             )
         )
     weights = found.fusion_weights
     if weights is not None:  # notes with an image there are, or they could not have been exchanged
         quantiles = np.quantile(weights, QUANTILES).tolist()
-        shares = [f"{100 * share:.0f} % quantile" for share in QUANTILES]
+        shares = [f"{100 * share:.0f}\u00a0% quantile" for share in QUANTILES[1:-1]]
         tables.append(
             Table(
-                ["notes with image", "mean", "standard deviation", *shares],
+                ["notes with image", "mean", "standard deviation", "least", *shares, "most"],
                 [[len(weights), float(weights.mean()), float(weights.std()), *quantiles]],
                 caption="Weight of the image in late fusion",
             )
@@ -487,6 +588,7 @@ def plot_fusion_weights(weights: np.ndarray) -> "Figure":
     label = f"mean {mean:.3f}, standard deviation {spread:.3f}"
     axes.axvline(mean, color="#d9772b", linestyle="--", label=label)
     axes.set(title="Weight of the image in late fusion", xlabel="weight of the image", ylabel="notes")
+    axes.locator_params(axis="y", integer=True)
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -563,6 +665,10 @@ def _follow(
     return Swap(*found)
 
 
+def _are_same_pairs(first: Ranks, second: Ranks) -> bool:
+    return np.array_equal(first.query, second.query) and np.array_equal(first.target, second.target)
+
+
 def _checked_slices(slices: Mapping[str, np.ndarray], ranks: Ranks) -> dict[str, np.ndarray]:
     """The slices, that of all pairs first."""
     shape = ranks.query.shape
@@ -580,8 +686,4 @@ def _change_cells(found: Reliance, condition: str, part: str = ALL_PAIRS) -> lis
     if condition == "both":
         return [None] * 4
     test, both = found.change(condition, part), found.metrics("both", part)[found.metric]
-    return [test.difference, test.low, test.high, _percent(test.difference / both) if both else None]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:+.1f} %".replace("-", "−")
+    return [test.difference, test.low, test.high, Percent(test.difference / both) if both else None]

@@ -39,13 +39,17 @@ from modeling_notellm2.processing_notellm2 import (
     IMAGE_EMBEDDING_TOKEN,
     IMAGE_TOKEN,
     EncodedNote,
+    Language,
     PaddingSide,
     Prompt,
+    Template,
+    is_template_name,
+    prompt_template,
 )
 
 
 class _Blip2:
-    """BLIP-2: every image takes as many tokens as the Q-Former has queries."""
+    """BLIP-2: every image takes as many tokens as the Q-Former has queries, and stands in front of the prompt."""
 
     tower = "vision_model"
     connector = ("qformer.", "query_tokens", "language_projection.")
@@ -64,6 +68,11 @@ class _Blip2:
                 "checkpoint with the token <image>."
             )
         return {"visual_token_id": config.image_token_id, "num_visual_tokens": config.num_query_tokens}
+
+    @staticmethod
+    def template(language: Language, template: Template) -> str:
+        """Prompt of a note with an image, which BLIP-2 was trained to read first (Li et al., arXiv 2301.12597)."""
+        return IMAGE_TOKEN + prompt_template("text", language, template)
 
     @staticmethod
     def tokens_per_image(config: Any, pixel_values: Tensor, image_grid_thw: Tensor | None) -> Tensor:
@@ -119,6 +128,11 @@ class _QwenVL:
             "visual_end_id": config.vision_end_token_id,
             "num_visual_tokens": 1,
         }
+
+    @staticmethod
+    def template(language: Language, template: Template) -> str:
+        """Prompt of a note with an image, which may stand anywhere."""
+        return prompt_template("basic", language, template)
 
     @staticmethod
     def tokens_per_image(config: Any, pixel_values: Tensor, image_grid_thw: Tensor | None) -> Tensor:
@@ -195,7 +209,8 @@ class MultimodalLLMConfig(PreTrainedConfig):
         backbone_config: configuration of the multimodal LLM, as a config or a dictionary with `model_type`. Default: a
             Qwen2-VL configuration.
         embedding_dim: width of the note embedding; `None` keeps the LLM's width and adds no head.
-        initial_temperature, learnable_temperature, lora, initializer_range: as in `NoteLLM2Config`.
+        initial_temperature, learnable_temperature, standardize_states, lora, initializer_range: as in
+            `NoteLLM2Config`.
         freeze_vision_tower: keep the vision tower fixed. What follows it (the Q-Former, the patch merger) is the
             connector, and trains.
 
@@ -213,6 +228,7 @@ class MultimodalLLMConfig(PreTrainedConfig):
         initial_temperature: float = 0.05,
         learnable_temperature: bool = True,
         freeze_vision_tower: bool = True,
+        standardize_states: bool = False,
         lora: dict[str, Any] | None = None,
         initializer_range: float = 0.02,
         **kwargs: Any,
@@ -226,6 +242,7 @@ class MultimodalLLMConfig(PreTrainedConfig):
         self.initial_temperature = initial_temperature
         self.learnable_temperature = learnable_temperature
         self.freeze_vision_tower = freeze_vision_tower
+        self.standardize_states = standardize_states
         self.lora = lora
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
@@ -249,14 +266,16 @@ class MultimodalLLMConfig(PreTrainedConfig):
 class MultimodalLLMProcessor(NoteLLM2Processor):
     """Notes ─► the inputs of [`MultimodalLLM`]: NoteLLM-2's basic prompt, with the model's own image tokens.
 
+    An image that the template begins with comes before the begin-of-sequence token, too, where transformers'
+    `Blip2Processor` puts it.
+
     Args:
         image_processor, tokenizer: the multimodal LLM's.
         visual_token_id: the token that visual tokens replace.
         visual_start_id, visual_end_id: what stands around them; `None`: nothing.
         num_visual_tokens: visual tokens an image, where its size does not decide that.
         prompt: `"basic"`: mICL reads a state that only NoteLLM-2 has, and an image has no other way in than the prompt.
-        kwargs: the other settings of `NoteLLM2Processor`. BLIP-2 was trained with the image in front of the text:
-            `template="<IMG>Note content: …"` puts it there.
+        kwargs: the other settings of `NoteLLM2Processor`.
 
     Raises:
         ValueError: as `NoteLLM2Processor`; a prompt with `<IMG_EMB>`, or without `<IMG>`.
@@ -276,7 +295,11 @@ class MultimodalLLMProcessor(NoteLLM2Processor):
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, prompt=prompt, **kwargs)
-        if IMAGE_TOKEN not in self.template or IMAGE_EMBEDDING_TOKEN in self.template + self.text_template:
+        if (
+            prompt != "basic"
+            or IMAGE_TOKEN not in self.template
+            or IMAGE_EMBEDDING_TOKEN in self.template + self.text_template
+        ):
             raise ValueError(
                 f"prompt={prompt!r}, template={self.template!r}: a multimodal LLM's has {IMAGE_TOKEN} and no "
                 f"{IMAGE_EMBEDDING_TOKEN}; use prompt='basic'."
@@ -297,14 +320,19 @@ class MultimodalLLMProcessor(NoteLLM2Processor):
             backbone: the multimodal LLM.
             max_image_pixels: scale larger images down to about so many pixels; Qwen-VL makes a token of 28² of them
                 (Qwen3-VL: of 32²), and by default of up to millions. `None`: the model's own bound.
-            settings: of `__init__`.
+            settings: of `__init__`. A template that is named has the image where the kind of model was trained with it:
+                BLIP-2 in front of the text, Qwen-VL anywhere in it.
 
         Raises:
             ValueError: the model's images have one size; a bound below that of the smallest image.
         """
         config = AutoConfig.from_pretrained(backbone)
-        placeholders = _family_of(config).placeholders(config)
-        processor = cls.from_backbones(backbone, backbone, **{**placeholders, **settings})
+        family = _family_of(config)
+        template = settings.get("template", "paper")
+        if is_template_name(template):
+            words = family.template(settings.get("language", "en"), template)
+            settings = {"text_template": template, **settings, "template": words}
+        processor = cls.from_backbones(backbone, backbone, **{**family.placeholders(config), **settings})
         if max_image_pixels is not None:
             size = dict(processor.image_processor.size)
             if not size.get("longest_edge") or not size.get("shortest_edge"):
@@ -340,7 +368,9 @@ class MultimodalLLMProcessor(NoteLLM2Processor):
         if "image_grid_thw" in note.pixels:
             visual *= int(note.pixels["image_grid_thw"].prod()) // self.image_processor.merge_size**2
         image = [token for token in (self.visual_start_id, *visual, self.visual_end_id) if token is not None]
-        pieces = (image if token == self.image_token_id else [token] for token in note.input_ids)
+        pieces = [image if token == self.image_token_id else [token] for token in note.input_ids]
+        if self.template.startswith(IMAGE_TOKEN):
+            pieces.sort(key=lambda piece: piece is not image)  # in front of the begin-of-sequence token
         return [token for piece in pieces for token in piece]
 
 
@@ -477,8 +507,11 @@ class MultimodalLLM(NoteLLM2PreTrainedModel):
         return NoteStates(note_states, None, torch.zeros_like(has_image), None, has_image)
 
     def embed_states(self, states: NoteStates) -> NoteLLM2Output:
-        """Head and normalisation: all that comes after the LLM."""
-        return NoteLLM2Output(note_embeds=self._to_embeds(states.note_states), logit_scale=self._scale())
+        """Standardization, head and normalisation: all that comes after the LLM."""
+        note_states = states.note_states
+        if self.note_standardizer is not None:
+            note_states = self.note_standardizer(note_states)
+        return NoteLLM2Output(note_embeds=self._to_embeds(note_states), logit_scale=self._scale())
 
     @property
     def _kind(self) -> PreTrainedConfig:

@@ -29,6 +29,12 @@ class Task:
     related: Sequence[np.ndarray]
     candidates: np.ndarray | None = None
 
+    @property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) int64 each, the queries and their related notes, in the order of `evaluation.metrics.Ranks`."""
+        sizes = [len(positions) for positions in self.related]
+        return np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.zeros(0, dtype=np.int64), *self.related])
+
 
 def make_task(protocol: Protocol, pairs: np.ndarray, num_notes: int) -> Task:
     """The task of a protocol.

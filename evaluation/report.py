@@ -19,28 +19,106 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeGuard
 
 import jinja2
 import numpy as np
 import torch
 
-from evaluation.sheet import Pictures, SheetQuery, field_text, note_label
+from evaluation.sheet import Pictures, SheetQuery, field_text, note_label, say_found, say_related
 
 if TYPE_CHECKING:  # matplotlib is an extra
     import matplotlib.figure
 
 Cell = str | float | None
-"""A cell of a `Table`: an integer is shown as it is, any other number with four decimals, None and NaN as "-"."""
+"""A cell of a `Table`: an integer is shown as it is, `Percent`, `AtMost` and `Rounded` as they say, any other number
+with four decimals, None and what is not finite as "-"."""
 
 _VERSIONED = ("torch", "transformers", "sentence-transformers", "datasets", "bm25s")
 _MISSING = "-"
+
+
+class Percent(float):
+    """A share, shown as a signed percentage that no line break parts from its sign (U+00A0 stands before it).
+
+    >>> str(Percent(-0.8056)).split()
+    ['−80.6', '%']
+    """
+
+    def __str__(self) -> str:
+        return f"{100 * self:+z.1f}\u00a0%".replace("-", "−")
+
+
+class AtMost(float):
+    """A number of which a bound is known, and shown, alone.
+
+    >>> str(AtMost(0.001)).split()
+    ['≤', '0.0010']
+    """
+
+    def __str__(self) -> str:
+        return f"≤\u00a0{decimal(self)}"
+
+
+class Rounded(float):
+    """A number of any size, shown with three significant digits.
+
+    >>> str(Rounded(134.515)), str(Rounded(0.04567)), str(Rounded(2134.0))
+    ('135', '0.0457', '2130')
+    """
+
+    def __str__(self) -> str:
+        return np.format_float_positional(float(f"{self:.3g}"), trim="-")
+
+
+class Cost(TypedDict, total=False):
+    """What a row is and what it costs, as far as that is known.
+
+    Keys:
+        made_of: what encodes, by the names of folders or Hub ids.
+        dimensions: of a note's vector; missing where there is none, as scores are computed from words or views.
+        parameters: of all models that were loaded for the row, trained heads included.
+        cpu_seconds: of this process on all processors, to encode all notes once, images decoded; where there is no
+            vector, to index them. Loading, training and ranking are not in it.
+        seconds: the same by the clock, in place of `cpu_seconds` where there is a GPU.
+        notes: how many were to be encoded, queries and pool.
+        shared_with: rows for which these notes were encoded, whose seconds are in this row's, too.
+        left_out: what did not run within these seconds, as its output was kept from before.
+    """
+
+    made_of: str
+    dimensions: int
+    parameters: int
+    cpu_seconds: float
+    seconds: float
+    notes: int
+    shared_with: list[str]
+    left_out: str
+
+
+def short_name(name_or_path: str) -> str:
+    """A model's name as tables show it: a Hub id whole, of a path its last part.
+
+    >>> short_name("org/model"), short_name("/models/llm/"), short_name("runs/mine/backbones/llm")
+    ('org/model', 'llm', 'llm')
+    """
+    path = Path(name_or_path)
+    return path.name if path.is_dir() or path.is_absolute() or len(path.parts) > 2 else name_or_path
+
+
+def decimal(number: float, digits: int = 4) -> str:
+    """A number with so many decimals, as all tables show it: a minus sign as long as a plus, and none before a zero.
+
+    >>> decimal(-0.25), decimal(-0.00001), decimal(3.25, 1)
+    ('−0.2500', '0.0000', '3.2')
+    """
+    return f"{number:z.{digits}f}".replace("-", "−")
 
 
 @dataclass
@@ -52,8 +130,10 @@ class ReportRow:
         modality: what the system sees of a note: "both", "text", "image", or "-" for a system that sees nothing.
         metrics: metric name to value in [0, 1]; the first row of a report names the columns, others may lack some.
         details: whatever else is worth keeping in the JSON, as the number of notes that were blank.
-        is_bound: the row is a bound, not a system: it is never marked as the best of a column.
+        is_bound: the row is a computed expectation, as of chance or of perfect knowledge, not a system: it is never
+            marked as the best of a column.
         intervals: metric name to the (low, high) ends of its 95 % bootstrap interval, for any of `metrics`.
+        cost: what the system is and costs, in a table of its own.
     """
 
     system: str
@@ -62,6 +142,7 @@ class ReportRow:
     details: dict[str, Any] = field(default_factory=dict)
     is_bound: bool = False
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass
@@ -73,7 +154,7 @@ class Table:
         rows: lines of C cells each.
         caption: what the table shows, in a few words.
         note: what a reader must know to read it, below the table.
-        best_of: columns whose highest number is marked.
+        best_of: columns whose highest number is marked, unless it is 0 or all are equal.
 
     Raises:
         ValueError: a line of another length than C, or `best_of` names no column.
@@ -175,9 +256,15 @@ class _Grid(NamedTuple):
         """For each column, whether it holds numbers, which are aligned on the right."""
         return [any(line.cells[place].is_number for line in self.lines) for place in range(len(self.columns))]
 
+    @property
+    def has_best(self) -> bool:
+        """Whether any cell is marked."""
+        return any(cell.is_best for line in self.lines for cell in line.cells)
+
 
 def markdown_table(rows: Sequence[ReportRow]) -> str:
-    """The rows as a Markdown table, the best value of each column in bold, intervals in brackets.
+    """The rows as a Markdown table, the best value of each column in bold unless it is 0 or all are equal, intervals in
+    brackets.
 
     >>> rows = [ReportRow("bm25", "text", {"mrr": 0.25}), ReportRow("chance", "-", {"mrr": 0.1})]
     >>> markdown_table(rows).splitlines()[2:]
@@ -195,8 +282,64 @@ def table_markdown(table: Table) -> str:
     return _markdown_grid(_table_grid(table))
 
 
+def cost_table(rows: Sequence[ReportRow]) -> Table | None:
+    """What each system is and costs; None if no row says so. Rows that say nothing, as bounds, are left out."""
+    known = [row for row in rows if row.cost]
+    if not known:
+        return None
+    lines: list[list[Cell]] = []
+    for row in known:
+        cost = row.cost
+        parameters = Rounded(cost["parameters"] / 1e6) if "parameters" in cost else None
+        seconds = _seconds_cell(cost.get("cpu_seconds", cost.get("seconds")))
+        if "left_out" in cost:
+            seconds = f"{seconds} without {cost['left_out']}"
+        made_of = cost.get("made_of") or None
+        lines.append([row.system, row.modality, cost.get("dimensions"), parameters, seconds, made_of])
+    return Table(
+        ["system", "modality", "dimensions", "million parameters", "seconds", "made of"],
+        lines,
+        caption="What each system is and costs",
+        note=_say_costs([row for row in known if {"cpu_seconds", "seconds"} & row.cost.keys()]),
+    )
+
+
+def _seconds_cell(seconds: float | None) -> Cell:
+    if seconds is None:
+        return None
+    return Rounded(seconds) if seconds >= 0.001 else "<0.001"
+
+
+def _say_costs(timed: Sequence[ReportRow]) -> str:
+    """The note of `cost_table`, of the rows with seconds."""
+    said = (
+        "Dimensions: of a note's vector; - where scores are computed from words or views. Parameters: of all that is "
+        "loaded for the row. "
+    )
+    if not timed:
+        return said.rstrip()
+    clock = "of this process on all processors, whatever else is at work on the machine"
+    if any("seconds" in row.cost for row in timed):
+        clock = "by the clock, with a GPU; other work on the machine is in them as far as it slows this down"
+    notes = ", ".join(map(str, sorted({row.cost["notes"] for row in timed if "notes" in row.cost})))
+    said += (
+        f"Seconds: {clock}. Measured once, to encode all {notes + ' ' if notes else ''}notes, queries and pool, with "
+        "their images, except for what is left out; to index them where there is no vector. A note that has nothing "
+        "of the modality is not encoded. Loading models, training and ranking are not in them."
+    )
+    for row in timed:
+        if shared := row.cost.get("shared_with"):
+            said += (
+                f" {row.system} was not encoded again: it shares what {' and '.join(shared)} measured, and its seconds "
+                "have it, too."
+            )
+    return said
+
+
 def text_table(rows: Sequence[ReportRow]) -> str:
-    """The rows as aligned plain text, the best value of each column marked with a star, without intervals."""
+    """The rows as aligned plain text, the best value of each column marked with a star unless it is 0 or all are equal,
+    without intervals. A last line says what a star is, if there is one.
+    """
     grid = _main_grid(rows)
     header = grid.columns[:2] + [f"{name} " for name in grid.columns[2:]]
     table = [header]
@@ -210,6 +353,8 @@ def text_table(rows: Sequence[ReportRow]) -> str:
         right = [text.rjust(width) for text, width in zip(texts[2:], widths[2:], strict=True)]
         lines.append("  ".join(left + right).rstrip())
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    if grid.has_best:
+        lines.append("* best of the column")
     return "\n".join(lines) + "\n"
 
 
@@ -228,16 +373,15 @@ def _main_grid(rows: Sequence[ReportRow]) -> _Grid:
                 f"Row {row.system!r} ({row.modality}) has intervals of {list(row.intervals)}, metrics "
                 f"{list(row.metrics)}: give intervals of its metrics only."
             )
-    best = {
-        name: max((row.metrics[name] for row in rows if name in row.metrics and not row.is_bound), default=math.nan)
-        for name in names
-    }
-    largest = {name: max(row.metrics.get(name, 0.0) for row in rows) for name in names}
+    found = [{name: value for name, value in row.metrics.items() if _is_number(value)} for row in rows]
+    systems = [metrics for row, metrics in zip(rows, found, strict=True) if not row.is_bound]
+    best = {name: _best([metrics[name] for metrics in systems if name in metrics]) for name in names}
+    largest = {name: max(metrics.get(name, 0.0) for metrics in found) for name in names}
     lines = []
-    for row in rows:
+    for row, metrics in zip(rows, found, strict=True):
         cells = [_GridCell(row.system), _GridCell(row.modality)]
         for name in names:
-            value = row.metrics.get(name)
+            value = metrics.get(name)
             low, high = row.intervals.get(name, (None, None))
             cells.append(
                 _GridCell(
@@ -249,18 +393,24 @@ def _main_grid(rows: Sequence[ReportRow]) -> _Grid:
                 )
             )
         lines.append(_GridLine(cells, row.is_bound))
-    note = "The best system of each column is bold."
+    grid = _Grid(["system", "modality", *names], lines)
+    notes = ["The best system of each column is bold."] if grid.has_best else []
+    if bounds := list(dict.fromkeys(row.system for row in rows if row.is_bound)):
+        notes.append(
+            f"{', '.join(bounds)}: computed as an expectation, no system and no bound; on few queries luck may pass or "
+            "miss it."
+        )
     if any(row.intervals for row in rows):
-        note += " With a value: the ends of its 95 % bootstrap interval."
-    return _Grid(["system", "modality", *names], lines, note=note)
+        notes.append("With a value: the ends of its 95\u00a0% bootstrap interval.")
+    return grid._replace(note=" ".join(notes))
 
 
 def _table_grid(table: Table) -> _Grid:
     best = {}
     for place, name in enumerate(table.columns):
         numbers = [cell for cell in (row[place] for row in table.rows) if _is_number(cell)]
-        if name in table.best_of and numbers:
-            best[place] = max(numbers)
+        if name in table.best_of:
+            best[place] = _best(numbers)
     lines = [
         _GridLine(
             [
@@ -277,14 +427,23 @@ def _table_grid(table: Table) -> _Grid:
     return _Grid(list(table.columns), lines, table.caption, table.note)
 
 
+def _best(numbers: Sequence[float]) -> float:
+    """The highest, which is marked; NaN, which no number is close to, where that is 0 or all are equal."""
+    best = max(numbers, default=0.0)
+    return math.nan if best == 0 or math.isclose(best, min(numbers)) else best
+
+
 def _is_number(cell: Any) -> TypeGuard[float]:
-    return isinstance(cell, Real) and not math.isnan(cell)
+    return isinstance(cell, Real) and math.isfinite(cell)
 
 
 def _shown(cell: Any) -> str:
     if isinstance(cell, Real) and not _is_number(cell) or cell is None:
         return _MISSING
-    return f"{float(cell):.4f}" if isinstance(cell, Real) and not isinstance(cell, Integral) else str(cell)
+    if isinstance(cell, Integral):
+        return str(cell).replace("-", "−")
+    is_plain = isinstance(cell, Real) and not isinstance(cell, Percent | AtMost | Rounded)
+    return decimal(float(cell)) if is_plain else str(cell)
 
 
 def _markdown_grid(grid: _Grid) -> str:
@@ -302,11 +461,13 @@ def _markdown_grid(grid: _Grid) -> str:
 
 def _markdown_text(text: str) -> str:
     """Text that Markdown shows as it is: one line, without markup, links or HTML of its own."""
-    return re.sub(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    one_line = re.sub(r"[^\S\u00a0]+", " ", text).strip()  # no-break spaces stay
+    return re.sub(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))", r"\\\1", one_line)
 
 
 def collect_facts(**facts: Any) -> dict[str, Any]:
-    """What one must know to repeat a measurement: command, commit, time (UTC), hardware, versions, and `facts`.
+    """What one must know to repeat a measurement: command, commit, time (UTC), hardware with its load average of one
+    minute, versions, and `facts`.
 
     The commit is null outside a git checkout, and ends in "-dirty" if files were changed since.
     """
@@ -351,14 +512,42 @@ def write_report(
         "rows": [asdict(row) for row in rows],
         "sections": [_section_json(section, files) for section in sections],
     }
-    _write_text(directory / "report.json", json.dumps(content, indent=2, ensure_ascii=False, default=_plain_number))
-    _write_text(directory / "report.md", _markdown_report(grid, facts, sections, files))
-    _write_text(directory / "report.html", _html_report(grid, facts, sections))
+    text = json_text(content)
+    costs = cost_table(rows)
+    results = [grid] if costs is None else [grid, _table_grid(costs)]
+    _write_text(directory / "report.json", text)
+    _write_text(directory / "report.md", _markdown_report(results, facts, sections, files))
+    _write_text(directory / "report.html", _html_report(results, facts, sections))
 
 
 def _write_text(path: Path, text: str) -> None:
     # Half a surrogate pair, which JSON and Python can hold, is no UTF-8; \ud800 is JSON's own way to write it.
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def json_text(content: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Content as JSON for people and strict readers: indented, null for NaN and infinity.
+
+    Args:
+        content: mappings, sequences, strings and numbers, also NumPy's.
+        default: makes of another value one that JSON can hold.
+
+    Raises:
+        TypeError: another value, without `default`.
+
+    >>> json_text({"mrr": math.nan}).split()
+    ['{', '"mrr":', 'null', '}']
+    """
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, default=default or _plain_number, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, Real) and not _is_number(value) else value
 
 
 def _plain_number(value: Any) -> Any:
@@ -375,9 +564,7 @@ def _section_json(section: Section, files: Mapping[int, str]) -> dict[str, Any]:
             {
                 "caption": table.caption,
                 "columns": list(table.columns),
-                "rows": [
-                    [cell if isinstance(cell, str) or _is_number(cell) else None for cell in row] for row in table.rows
-                ],
+                "rows": table.rows,
                 "note": table.note,
             }
             for table in section.tables
@@ -389,12 +576,14 @@ def _section_json(section: Section, files: Mapping[int, str]) -> dict[str, Any]:
             {
                 "note_id": query.note.get("note_id"),
                 "num_related": query.num_related,
+                "num_known": query.num_known,
                 "answers": {
                     name: [
                         {
                             "note_id": answer.note.get("note_id"),
-                            "score": answer.score if math.isfinite(answer.score) else None,
+                            "score": answer.score,
                             "is_related": answer.is_related,
+                            "is_known": answer.is_known,
                         }
                         for answer in answers
                     ]
@@ -407,17 +596,20 @@ def _section_json(section: Section, files: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _markdown_report(
-    grid: _Grid, facts: Mapping[str, Any], sections: Sequence[Section], files: Mapping[int, str]
+    results: Sequence[_Grid], facts: Mapping[str, Any], sections: Sequence[Section], files: Mapping[int, str]
 ) -> str:
-    parts = ["# Evaluation", _markdown_grid(grid).rstrip("\n"), grid.note]
+    parts = ["# Evaluation"]
+    for grid in results:
+        parts += _markdown_parts(grid)
     for place, section in enumerate(sections, start=1):
         parts += [f"## {_markdown_text(section.title)}", *map(_markdown_text, section.text)]
-        for table in map(_table_grid, section.tables):
-            parts += [f"**{_markdown_text(table.caption)}**"] if table.caption else []
-            parts += [_markdown_grid(table).rstrip("\n"), _markdown_text(table.note)]
+        for grid in map(_table_grid, section.tables):
+            parts += _markdown_parts(grid)
         for figure in section.figures:
             parts += [f"![{_markdown_text(figure.alt)}]({files[id(figure)]})", _markdown_text(figure.caption)]
         if section.sheet:
+            known = "(✓) related to it, but not asked for; " if any(query.num_known for query in section.sheet) else ""
+            parts.append(f"✓ related to the query; {known}✗ not among its related notes.")
             parts.append(f"With pictures: [report.html](report.html#section-{place})")
         for query in section.sheet:
             parts.append(_markdown_query(query))
@@ -426,42 +618,59 @@ def _markdown_report(
     return "\n\n".join(part for part in parts if part)
 
 
+def _markdown_parts(grid: _Grid) -> list[str]:
+    """Caption, table and note."""
+    caption = [f"**{_markdown_text(grid.caption)}**"] if grid.caption else []
+    return [*caption, _markdown_grid(grid).rstrip("\n"), _markdown_text(grid.note)]
+
+
 def _markdown_query(query: SheetQuery) -> str:
     title, content = note_label(query.note), field_text(query.note, "content", 160)
     said = f": {_markdown_text(content)}" if content and field_text(query.note, "title") else ""
-    lines = [f"**{_markdown_text(title)}**{said} ({query.num_related} related)", ""]
+    lines = [f"**{_markdown_text(title)}**{said} ({say_related(query)})", ""]
     for system, answers in query.answers.items():
-        signs = ["✓" if answer.is_related else "✗" for answer in answers]
-        names = [f"{_markdown_text(note_label(answer.note))} {answer.score:.3f}" for answer in answers]
-        found = "; ".join(f"{sign} {name}" for sign, name in zip(signs, names, strict=True))
+        names = [f"{_markdown_text(note_label(answer.note))} {decimal(answer.score, 3)}" for answer in answers]
+        found = "; ".join(f"{answer.sign} {name}" for answer, name in zip(answers, names, strict=True))
         lines.append(f"- {_markdown_text(system)}: {found}")
     return "\n".join(lines)
 
 
-def _html_report(grid: _Grid, facts: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+def html_environment(folder: Path) -> jinja2.Environment:
+    """What renders the pages of this package from the templates of a folder: all that they are given is escaped, and a
+    name that they are not given is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _html_report(results: Sequence[_Grid], facts: Mapping[str, Any], sections: Sequence[Section]) -> str:
     pictures = Pictures()
     for section in sections:
         for query in section.sheet:
             for note in (query.note, *query.related, *(one.note for found in query.answers.values() for one in found)):
                 pictures.add(note)
-    return environment.get_template("report.html.jinja").render(
-        grid=grid,
-        facts=facts,
-        lede=_lede(facts),
-        sections=sections,
-        pictures=pictures,
-        table_grid=_table_grid,
-        field_text=field_text,
-        note_label=note_label,
-        data_uri=_data_uri,
-        flat=_flat,
+    return (
+        html_environment(Path(__file__).parent)
+        .get_template("report.html.jinja")
+        .render(
+            results=results,
+            facts=facts,
+            lede=_lede(facts),
+            sections=sections,
+            pictures=pictures,
+            table_grid=_table_grid,
+            field_text=field_text,
+            note_label=note_label,
+            say_found=say_found,
+            say_related=say_related,
+            decimal=decimal,
+            data_uri=_data_uri,
+            flat=_flat,
+        )
     )
 
 
@@ -496,9 +705,11 @@ def _hardware() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    hardware = {"cpu": model or platform.machine(), "cores": os.cpu_count()}
+    hardware: dict[str, Any] = {"cpu": model or platform.machine(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
+    if hasattr(os, "getloadavg"):  # not on Windows
+        hardware["load"] = round(os.getloadavg()[0], 1)
     return hardware
 
 

@@ -8,22 +8,30 @@ Each model answers three times: with text and image, with the text alone, and wi
 """
 
 import argparse
+import functools
+import importlib.util
 import logging
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, NoReturn, get_args
 
+import datasets.utils.logging
+import huggingface_hub.utils.logging
 import numpy as np
+import torch
+import transformers.utils.logging
+import yaml
 from datasets import Dataset
-from transformers import AutoModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from evaluation.attention import SPANS, AttentionCurves, attention_curves, plot_attention
-from evaluation.baselines import BASELINES, BaselineInputs, NotesAndRelated
+from evaluation.baselines import BASELINES, BaselineInputs, NotesAndRelated, check_baselines
+from evaluation.checkpoints import check_model, is_missing_folder, load_model
 from evaluation.collaborative import load_train_viewers
-from evaluation.encoders import default_device
+from evaluation.encoders import check_clip, check_llm, check_tower, default_device
 from evaluation.head import HeadSettings
 from evaluation.lexical import note_text
 from evaluation.modality import (
@@ -38,24 +46,32 @@ from evaluation.modality import (
 from evaluation.multimodal_llm import MultimodalLLM  # registers it with AutoModel
 from evaluation.protocols import PROTOCOLS, Protocol, Task, make_task
 from evaluation.report import Figure, ReportRow, Section, Table, collect_facts, text_table, write_report
-from evaluation.sheet import choose_queries, picture_sheet
+from evaluation.sheet import choose_queries, picture_sheet, say_drawn
 from evaluation.slices import pair_slices, popularity_of_notes, short_notes, topics_of
 from evaluation.systems import (
     Measured,
+    System,
     baseline_systems,
     chance_row,
+    compare,
     comparison_table,
+    knows_nothing,
     measure,
     model_systems,
+    say_differences,
+    say_knows_nothing,
     slice_table,
 )
-from modeling_notellm2 import NoteLLM2Model, NoteLLM2PreTrainedModel  # registers it with AutoModel
-from modeling_notellm2.processing_notellm2 import Language
+from modeling_notellm2 import NoteError, NoteLLM2Model
+from modeling_notellm2.processing_notellm2 import Language, has_image
 from pairs.subsets import load_subsets
 from pairs.tables import load_notes, load_pairs, pair_positions, related_indices
+from train.data import without_bad_images
 from train.features import VisionFeatureStore, VisionFeatureTable
 
 logger = logging.getLogger(__name__)
+
+BadImages = Literal["raise", "text-only"]
 
 SHEET_SYSTEMS = 4
 """Systems that the picture sheet shows side by side, at most."""
@@ -69,28 +85,71 @@ class NotesToFind:
         table: their table.
         notes: the same, as a list.
         task: what is to be found where.
-        subsets: of their pairs, as from `pairs.subsets.load_subsets`; None: unknown.
+        slices: name ─► (P,) bool, of the task's pairs in the order of `evaluation.metrics.Ranks`.
+        known: for each note the positions of all its related notes, of which the task may ask for some alone.
     """
 
     table: Dataset
     notes: list[dict[str, Any]]
     task: Task
-    subsets: Dataset | None
+    slices: dict[str, np.ndarray]
+    known: Sequence[np.ndarray]
 
 
 def load_notes_to_find(
-    notes: str | Path, pairs: str | Path, protocol: Protocol = "graph", subsets: Dataset | None = None
+    notes: str | Path,
+    pairs: str | Path,
+    protocol: Protocol = "graph",
+    subsets: Dataset | None = None,
+    bad_images: BadImages | None = None,
 ) -> NotesToFind:
-    """Read the tables of notes and pairs (see `pairs.tables`)."""
+    """Read the tables of notes and pairs (see `pairs.tables`), and try all images.
+
+    Args:
+        notes, pairs: the tables.
+        protocol: what is asked for.
+        subsets: of the pairs, as from `pairs.subsets.load_subsets`; None: unknown.
+        bad_images: what becomes of a note whose image cannot be read: an error, or a note without image. None: images
+            are not tried.
+
+    Raises:
+        NoteError: an image cannot be read.
+        ValueError: see `pairs.tables`.
+    """
     table = load_notes(notes)
-    positions, _rank = pair_positions(list(table["note_id"]), load_pairs(pairs))
-    return NotesToFind(table, list(table), make_task(protocol, positions, len(table)), subsets)
+    note_ids = list(table["note_id"])
+    positions, _rank = pair_positions(note_ids, load_pairs(pairs))
+    task = make_task(protocol, positions, len(table))
+    if not any(map(len, task.related)):
+        raise ValueError(f"{pairs}: no pair of notes to measure with: give a table of related notes among {notes}.")
+    found, is_changed = _tried(list(table), bad_images)
+    if is_changed:  # what a tower's store reads
+        table = table.remove_columns("image").add_column("image", [note["image"] for note in found])
+    popularity = None if subsets is None else popularity_of_notes(note_ids, subsets)
+    topics = [topics_of(note) for note in found]
+    slices = pair_slices(*task.pairs, short_notes(table), popularity, topics)
+    return NotesToFind(table, found, task, slices, make_task("graph", positions, len(table)).related)
 
 
-def load_notes_and_related(folder: Path) -> NotesAndRelated:
-    """Read a folder with notes.arrow and pairs.parquet, as `pairs.split` writes it."""
+def load_notes_and_related(folder: Path, bad_images: BadImages | None = None) -> NotesAndRelated:
+    """Read a folder with notes.arrow and pairs.parquet, as `pairs.split` writes it; `bad_images` as in
+    `load_notes_to_find`."""
     table = load_notes(folder / "notes.arrow")
-    return NotesAndRelated(list(table), related_indices(list(table["note_id"]), load_pairs(folder / "pairs.parquet")))
+    related = related_indices(list(table["note_id"]), load_pairs(folder / "pairs.parquet"))
+    return NotesAndRelated(_tried(list(table), bad_images)[0], related)
+
+
+def _tried(notes: list[dict[str, Any]], bad_images: BadImages | None) -> tuple[list[dict[str, Any]], bool]:
+    """The notes with the images that can be read, and whether some cannot."""
+    if bad_images is None:
+        return notes, False
+    found, bad = without_bad_images(notes)
+    for row, error in bad.items():
+        note_id = notes[row]["note_id"]
+        if bad_images == "raise":
+            raise NoteError(f"note_id {note_id!r}: {error} Or take it as a note without: --bad-images text-only")
+        logger.warning("note_id %r: %s", note_id, error)
+    return found, bool(bad)
 
 
 def evaluate_model(
@@ -103,10 +162,17 @@ def evaluate_model(
     modalities: Iterable[Modality] = MODALITIES,
     batch_size: int = 32,
     vision_features: VisionFeatureTable | None = None,
+    composition: Mapping[str, str | None] | None = None,
 ) -> list[ReportRow]:
     """The rows of a model, one a modality: `model_systems`, measured over the whole graph of related notes."""
     systems = model_systems(
-        model, notes, name=name, modalities=modalities, batch_size=batch_size, vision_features=vision_features
+        model,
+        notes,
+        name=name,
+        modalities=modalities,
+        batch_size=batch_size,
+        vision_features=vision_features,
+        composition=composition,
     )
     return [one.row for one in measure(systems, Task(related), ks)]
 
@@ -119,7 +185,8 @@ def evaluate_baselines(
     ks: Sequence[int] = (10, 100),
     **inputs: Any,
 ) -> list[ReportRow]:
-    """The rows of baselines, in the order asked for, measured over the whole graph of related notes.
+    """The rows of baselines, in the order asked for, measured over the whole graph of related notes. One that knows
+    nothing of these notes (`evaluation.systems.knows_nothing`) has none, which is logged.
 
     Args:
         notes: N notes, which are queries and pool.
@@ -132,82 +199,123 @@ def evaluate_baselines(
         ValueError: a baseline is unknown, or misses what it needs.
     """
     names, task = list(baselines), Task(related)
-    systems = baseline_systems([name for name in names if name != "chance"], BaselineInputs(notes, **inputs))
+    systems = []
+    for system in baseline_systems([name for name in names if name != "chance"], BaselineInputs(notes, **inputs)):
+        if knows_nothing(system, task):
+            logger.warning("%s", say_knows_nothing(system, len(notes)))
+        else:
+            systems.append(system)
     rows = {one.system.name: one.row for one in measure(systems, task, ks)}
-    return [chance_row(task, ks) if name == "chance" else rows[name] for name in names]
-
-
-def load_model(name_or_path: str) -> NoteLLM2PreTrainedModel:
-    """Load a model from a folder or the Hub, onto the GPU if there is one.
-
-    Raises:
-        OSError: there is none, or it is of another kind.
-    """
-    model = AutoModel.from_pretrained(name_or_path)
-    if not isinstance(model, NoteLLM2PreTrainedModel):
-        raise OSError(f"{name_or_path!r} is a {type(model).__name__}, no NoteLLM-2: train it first, or use --llm.")
-    return model.eval().to(default_device())
+    rows["chance"] = chance_row(task, ks)
+    return [rows[name] for name in names if name in rows]
 
 
 def make_sections(
+    test: NotesToFind, findings: "Findings", reference: Measured | None, num_sheet_queries: int, seed: int
+) -> list[Section]:
+    """The parts of the report after the main table: what failed, comparisons, slices, reliance, attention, and the
+    picture sheet. A part that fails is one more failure.
+
+    Args:
+        test: the notes.
+        findings: what was measured.
+        reference: the system that others are compared with; None: none.
+        num_sheet_queries: queries of the picture sheet; 0: none.
+        seed: of the resampling, and of the sheet's queries.
+    """
+    measured, ks = findings.measured, findings.ks
+    metric = f"recall@{ks[0]}"
+    parts: dict[str, Callable[[], Section]] = {}
+    if reference is not None and len(measured) > 1:
+        parts["How sure are we?"] = lambda: comparison_section(measured, reference, metric, seed)
+    if measured and not all(mask.all() for mask in test.slices.values()):
+        parts["Slices"] = lambda: Section("Slices", tables=[slice_table(measured, test.slices, metric, ks)])
+    for name, found in findings.reliances.items():
+        parts[f"Does {name} look at the picture?"] = functools.partial(reliance_section, name, found)
+    if findings.curves:
+        parts["Where the LLM looks"] = lambda: attention_section(findings.curves)
+    if num_sheet_queries and measured:
+        parts["Look for yourself"] = lambda: sheet_section(test, measured, reference, ks, num_sheet_queries, seed)
+    sections = []
+    for title, make in parts.items():
+        with findings.noting_failures(title):
+            sections.append(make())
+    first = {"What could not be measured": list(findings.failures), "What to know of the rows": findings.remarks}
+    return [Section(title, text) for title, text in first.items() if text] + sections
+
+
+def comparison_section(measured: Sequence[Measured], reference: Measured, metric: str, seed: int) -> Section:
+    """Which differences from the reference are more than luck: sentences, and the tests behind them."""
+    tests, label = compare(measured, reference, metric, seed), reference.system.label
+    tables = [comparison_table(tests, label, metric)] if len(reference.ranks.queries) > 1 else []
+    return Section("How sure are we?", say_differences(tests, label, metric), tables)
+
+
+def reliance_section(name: str, found: Reliance) -> Section:
+    """Whether a model looks at the picture: sentences, tables, and its fusion weights."""
+    figures = []
+    if found.fusion_weights is not None:
+        caption = f"Weight of the image in late fusion, {name}"
+        alt = f"Histogram of {len(found.fusion_weights)} fusion weights, mean {found.fusion_weights.mean():.3f}"
+        figures.append(Figure.from_matplotlib(plot_fusion_weights(found.fusion_weights), caption, alt))
+    return Section(f"Does {name} look at the picture?", found.conclusion, reliance_tables(found), figures)
+
+
+def attention_section(curves: Mapping[str, AttentionCurves]) -> Section:
+    """Where the LLM looks, layer by layer, and what to make of it."""
+    text = [
+        "n_m is the note's state, read at the prompt's last position: the note's embedding is made of it. n_v is the "
+        "image's state, read just before <IMG_EMB>, where the mICL prompt has shown the image and not yet the text; "
+        "other prompts have none.",
+        "Attention: where the LLM looks. Saliency: where looking changes the loss. Neither says that the image helps: "
+        "that is what the exchange of images tells.",
+    ]
+    caption = "Saliency and attention share by layer: what the prompt's last position and n_v's read"
+    alt = "Curves by layer for image, text and the rest; the table above has the numbers of the last position"
+    figure = Figure.from_matplotlib(plot_attention(curves), caption, alt)
+    return Section("Where the LLM looks", text, attention_tables(curves), [figure])
+
+
+def sheet_section(
     test: NotesToFind,
     measured: Sequence[Measured],
-    reliances: Mapping[str, Reliance],
-    curves: Mapping[str, AttentionCurves],
-    *,
     reference: Measured | None,
     ks: Sequence[int],
-    num_sheet_queries: int,
+    num_queries: int,
     seed: int,
-) -> list[Section]:
-    """The parts of the report after the main table: comparisons, slices, reliance, attention, and the picture sheet."""
-    metric, sections = f"recall@{ks[0]}", []
-    if reference is not None and len(measured) > 1:
-        sections.append(Section("How sure", tables=[comparison_table(measured, reference, metric, seed)]))
-    if measured:
-        slices = slices_of(test, measured[0])
-        sections.append(Section("Slices", tables=[slice_table(measured, slices, metric, ks)]))
-    for name, found in reliances.items():
-        figures = []
-        if found.fusion_weights is not None:
-            caption = f"Weight of the image in late fusion, {name}"
-            alt = f"Histogram of {len(found.fusion_weights)} fusion weights, mean {found.fusion_weights.mean():.3f}"
-            figures.append(Figure.from_matplotlib(plot_fusion_weights(found.fusion_weights), caption, alt))
-        sections.append(Section(f"Does {name} look at the picture?", found.conclusion, reliance_tables(found), figures))
-    if curves:
-        caption = "Saliency and attention share by layer: what the prompt's last position and n_v's read"
-        alt = "Curves by layer for image, text and the rest; the table above has the numbers of the last position"
-        figure = Figure.from_matplotlib(plot_attention(curves), caption, alt)
-        sections.append(Section("Where the LLM looks", figures=[figure], tables=attention_tables(curves)))
-    if num_sheet_queries and measured:
-        chosen = sheet_systems(measured)
-        queries = choose_queries({one.system.label: one.ranks for one in chosen}, num_sheet_queries, seed=seed)
-        scores = {one.system.label: one.system.scores for one in chosen}
-        sheet = picture_sheet(test.notes, test.task.related, scores, queries, candidates=test.task.candidates)
-        text = (
-            "Half of these queries were drawn where systems differ, a quarter where all do equally well, a quarter "
-            "where none finds anything: worth a look, and no fair sample."
+) -> Section:
+    """What `sheet_systems` answer to some notes."""
+    chosen = sheet_systems(measured, reference, f"recall@{ks[0]}")
+    queries = choose_queries({one.system.label: one.ranks for one in chosen}, num_queries, seed=seed)
+    scores = {one.system.label: one.system.scores for one in chosen}
+    sheet = picture_sheet(
+        test.notes, test.task.related, scores, queries, candidates=test.task.candidates, known=test.known
+    )
+    text = say_drawn(len(chosen))
+    left_out = {one.system.name for one in measured} - {one.system.name for one in chosen}
+    if left_out:
+        text += (
+            f" Not shown, as the sheet has room for {SHEET_SYSTEMS}, the reference, then models, then baselines, the "
+            f"better before the worse: {', '.join(sorted(left_out))}."
         )
-        sections.append(Section("Look for yourself", [text], sheet=sheet))
-    return sections
+    return Section("Look for yourself", [text], sheet=sheet)
 
 
-def slices_of(test: NotesToFind, measured: Measured) -> dict[str, np.ndarray]:
-    """The slices of the test's pairs, in the order of `measured.ranks`."""
-    popularity = None if test.subsets is None else popularity_of_notes(test.table["note_id"][:], test.subsets)
-    return pair_slices(measured.ranks, short_notes(test.table), popularity, [topics_of(note) for note in test.notes])
-
-
-def sheet_systems(measured: Sequence[Measured]) -> list[Measured]:
-    """The systems to look at: of each the row that sees most, models before baselines, `SHEET_SYSTEMS` at most."""
+def sheet_systems(measured: Sequence[Measured], reference: Measured | None, metric: str) -> list[Measured]:
+    """The systems to look at, `SHEET_SYSTEMS` at most: of each the row that sees most; the reference, then models, then
+    baselines, the better before the worse."""
     widest: dict[str, Measured] = {}
     for one in measured:
         kept = widest.get(one.system.name)
         if kept is None or one.system.modality == "both":
             widest[one.system.name] = one
-    models = [one for name, one in widest.items() if name not in BASELINES]
-    baselines = [one for name, one in widest.items() if name in BASELINES]
-    return (models + baselines)[:SHEET_SYSTEMS]
+    first = None if reference is None else reference.system.name
+
+    def order(one: Measured) -> tuple[bool, bool, float]:
+        name = one.system.name
+        return name != first, name in BASELINES, -one.row.metrics[metric]
+
+    return sorted(widest.values(), key=order)[:SHEET_SYSTEMS]
 
 
 def attention_tables(curves: Mapping[str, AttentionCurves]) -> list[Table]:
@@ -218,7 +326,14 @@ def attention_tables(curves: Mapping[str, AttentionCurves]) -> list[Table]:
         for name, found in curves.items()
         for layer, (saliency, share) in enumerate(zip(found.note.normalized_saliency, found.note.share, strict=True))
     ]
-    note = "Saliency: mean of |Σ_heads A ⊙ ∂L/∂A| over a kind's flows, normalised to add up to 1. Attention: its sum."
+    name, layer, *values = rows[-1]
+    note = (
+        f"How to read it: of what the last position reads that matters in layer {layer} of {name}, {values[0]:.2f} "
+        f"comes from the image, {values[1]:.2f} from the text and {values[2]:.2f} from the rest. Saliency, "
+        "|Σ_heads A ⊙ ∂L/∂A|, is attention times what the loss would change with it, a mean over the flows; a line "
+        "adds up to 1. Attention says only where the position looks. Other: the prompt's own words, <IMG_EMB>, the "
+        "begin-of-sequence token and the position itself; in saliency also flows between other positions."
+    )
     return [Table(columns, rows, caption="What the last position reads, by layer", note=note)]
 
 
@@ -232,15 +347,26 @@ def load_inputs(options: argparse.Namespace) -> tuple[NotesToFind, BaselineInput
     notes, pairs, subsets, train, validation = options.notes, options.pairs, None, options.train, options.validation
     if options.splits is not None:
         notes, pairs = options.splits / "test" / "notes.arrow", options.splits / "test" / "pairs.parquet"
+        if not notes.is_file():
+            inside = options.splits / "data"
+            hint = f"; {inside} is one" if (inside / "test" / "notes.arrow").is_file() else ""
+            raise ValueError(f"--splits {options.splits}: no folder that pairs.split wrote (no test/notes.arrow){hint}")
         subsets = load_subsets(options.splits, "test")
         train, validation = train or options.splits / "train", validation or options.splits / "validation"
-    found = load_notes_to_find(notes, pairs, options.protocol, subsets)
+    images = [name for name in options.baselines if name != "chance" and BASELINES[name].modality in ("image", "both")]
+    bad_images = options.bad_images if images or named_models(options) else None
+    trained_on = options.bad_images if any("train" in BASELINES[name].needs for name in images) else None
+    found = load_notes_to_find(notes, pairs, options.protocol, subsets, bad_images)
     viewers = None
     if options.train_views is not None:
         if options.splits is None:
             raise ValueError("--train-views needs --splits: the folder whose splits.json says what training saw.")
         viewers = load_train_viewers(options.splits, options.train_views, found.table["note_id"][:])
     needs_training = any("train" in BASELINES[name].needs for name in options.baselines if name != "chance")
+
+    def read(folder: Path | None) -> NotesAndRelated | None:
+        return load_notes_and_related(folder, trained_on) if needs_training and folder is not None else None
+
     inputs = BaselineInputs(
         found.notes,
         text_encoder=options.text_encoder,
@@ -248,27 +374,141 @@ def load_inputs(options: argparse.Namespace) -> tuple[NotesToFind, BaselineInput
         clip=options.clip,
         llm=options.llm,
         language=options.language,
-        train=load_notes_and_related(train) if needs_training and train is not None else None,
-        validation=load_notes_and_related(validation) if needs_training and validation is not None else None,
+        train=read(train),
+        validation=read(validation),
         viewers=viewers,
         head=HeadSettings(steps=options.head_steps, seed=options.seed),
+        dtype=getattr(torch, options.dtype),
         batch_size=options.batch_size,
     )
     return found, inputs
 
 
-def opened_models(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
-    """(name, path, model) of each model that the options name, one in memory at a time."""
-    for name, path, is_released in named_models(options):
+@dataclass
+class Findings:
+    """What was measured so far.
+
+    Attributes:
+        ks: cuts of the metrics.
+        seed: of the bootstrap.
+        measured: the systems, each with its ranks.
+        reliances: name of a model ─► how far it relies on text and on images.
+        curves: name of a model ─► where its LLM looks.
+        failures: what could not be measured, and why; the rest is worth a report all the same.
+        ignorant: systems that know nothing of these notes and are not measured (`evaluation.systems.knows_nothing`).
+        notices: what else the reader must know.
+    """
+
+    ks: Sequence[int]
+    seed: int = 0
+    measured: list[Measured] = field(default_factory=list)
+    reliances: dict[str, Reliance] = field(default_factory=dict)
+    curves: dict[str, AttentionCurves] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    ignorant: list[System] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the reader of a row, or of one that is not there, must know."""
+        sentences = list(self.notices)
+        sentences += [
+            f"{one.system.name}: nobody viewed {cold} notes in training; among those a fixed random order decides."
+            for one in self.measured
+            if (cold := one.system.details.get("cold_notes"))
+        ]
+        pool = max((int(one.ranks.pool.max()) for one in self.measured), default=0)
+        sentences += [f"A pool holds {pool} notes: all are among the first {k}." for k in self.ks if pool and k >= pool]
+        return sentences
+
+    def add(self, systems: Iterable[System], task: Task) -> None:
+        """Measure systems; one that cannot be ranked, as its scores are not finite, is a failure, and of one that knows
+        nothing there is a notice."""
+        for system in systems:
+            with self.noting_failures(system.label):
+                if knows_nothing(system, task):
+                    self.ignorant.append(system)
+                    self.notices.append(say_knows_nothing(system, len(task.related)))
+                    continue
+                self.measured += measure([system], task, self.ks, intervals=True, seed=self.seed)
+
+    @contextmanager
+    def noting_failures(self, what: str) -> Iterator[None]:
+        """Keep the failure of a part, whatever it is, from losing what other parts found, perhaps after hours."""
         try:
-            if is_released:
-                model = MultimodalLLM.from_backbone(path, max_image_pixels=options.max_image_pixels, embedding_dim=None)
-                yield name, path, model.eval().to(default_device())
-                del model
-            else:
-                yield name, path, load_model(path)
-        except OSError as error:  # no such folder, and no such repository on the Hub
-            raise SystemExit(f"--model {path}: {error}") from error
+            yield
+        except Exception as error:
+            logger.exception("%s", what)
+            self.failures.append(f"{what}: {type(error).__name__}: {error}")
+
+
+def evaluate_named_model(
+    name: str, path: str, is_released: bool, test: NotesToFind, options: argparse.Namespace, findings: Findings
+) -> None:
+    """Load a model and measure what the options ask for; it is gone when the next one is loaded."""
+    model: Any
+    dtype = getattr(torch, options.dtype)
+    if is_released:
+        limits = {"max_image_pixels": options.max_image_pixels, "embedding_dim": None}
+        model = MultimodalLLM.from_backbone(path, dtype=dtype, **limits).eval().to(default_device())
+        composition = {"multimodal_llm": path}
+    else:
+        model, composition = load_model(path, dtype), composition_of(path)
+    features = None
+    if options.vision_features_dir is not None and isinstance(model, NoteLLM2Model) and model.config.has_vision:
+        logger.info("%s: what its tower sees in the images of %s", name, path)
+        features = VisionFeatureStore(options.vision_features_dir, model).table(test.table, options.batch_size)
+    if model.config.vision_config is not None and not any(map(has_image, test.notes)):
+        findings.notices.append(f"No note has an image (column image): {name} is measured on its text alone.")
+    own = model_systems(
+        model,
+        test.notes,
+        name=name,
+        modalities=options.modalities,
+        batch_size=options.batch_size,
+        vision_features=features,
+        composition=composition,
+    )
+    findings.add(own, test.task)
+    ranks = {one.system.modality: one.ranks for one in findings.measured if one.system.name == name}
+    sees_all = "both" in ranks and {one.modality for one in own} == set(MODALITIES)
+    if options.reliance and sees_all and has_two_of_each(test.notes):
+        with findings.noting_failures(f"What {name} relies on"):
+            findings.reliances[name] = reliance(
+                model,
+                test.notes,
+                test.task.related,
+                options.ks,
+                options.batch_size,
+                features,
+                test.slices,
+                test.task.candidates,
+                embeds={one.modality: one.scores for one in own if isinstance(one.scores, np.ndarray)},
+                ranks=ranks,
+                seed=options.seed,
+            )
+    if options.attention_pairs and isinstance(model, NoteLLM2Model) and model.connector is not None:
+        logger.info("%s: attention", name)
+        with findings.noting_failures(f"Where {name} looks"):
+            findings.curves[name] = attention_curves(
+                model, test.notes, test.task.related, max_pairs=options.attention_pairs, seed=options.seed
+            )
+
+
+def composition_of(path: str) -> dict[str, Any]:
+    """The settings that named a checkpoint's backbones, as `train/run.py` keeps them in the folder of the run; none
+    where there are none, as in a repository of the Hub."""
+    folder = Path(path)
+    run = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
+    if not (run / "settings.yaml").is_file():
+        return {}
+    try:
+        settings = yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        logger.warning("%s is no YAML, so backbones have no names: %s", run / "settings.yaml", error)
+        return {}
+    composition = settings.get("composition") if isinstance(settings, dict) else None
+    return composition if isinstance(composition, dict) else {}
 
 
 def named_models(options: argparse.Namespace) -> list[tuple[str, str, bool]]:
@@ -292,26 +532,49 @@ def named_path(specification: str) -> tuple[str, str]:
 
 def has_two_of_each(notes: Sequence[Mapping[str, Any]]) -> bool:
     """Whether images, and texts, can be exchanged between notes."""
-    return min(sum(note.get("image") is not None for note in notes), sum(bool(note_text(note)) for note in notes)) > 1
+    return min(sum(map(has_image, notes)), sum(bool(note_text(note)) for note in notes)) > 1
 
 
-def find_reference(
-    parser: argparse.ArgumentParser, wanted: str | None, measured: Sequence[Measured], models: Sequence[str]
-) -> Measured | None:
-    """The system that others are compared with: by name, or the first row of the first model that was given."""
-    if wanted is None:
-        wanted = next(iter(models), None)
-    for one in measured:
-        if wanted in (one.system.name, one.system.label):
+def comparable_names(options: argparse.Namespace) -> list[str]:
+    """What --compare-to may name: systems, and their rows."""
+    names = []
+    for name in options.baselines:
+        if name != "chance":
+            names += [name] if BASELINES[name].modality == "-" else [name, f"{name} ({BASELINES[name].modality})"]
+    for name, _path, _is_released in named_models(options):
+        names += [name, *(f"{name} ({modality})" for modality in options.modalities)]
+    return names
+
+
+def find_reference(wanted: str | None, findings: Findings, models: Sequence[str]) -> Measured | None:
+    """The system that others are compared with: by name, or the first row of the first model that was given; None where
+    nobody asked and no model was given, or nothing was measured.
+
+    If the one that was asked for could not be measured, that is one more failure, or a notice where it knows nothing,
+    and the first row takes its place.
+    """
+    name = wanted if wanted is not None else next(iter(models), None)
+    for one in findings.measured:
+        if name in (one.system.name, one.system.label):
             return one
-    if wanted is None:
+    if wanted is None or not findings.measured:
         return None
-    parser.error(f"--compare-to {wanted!r} is none of {', '.join(one.system.label for one in measured)}")
+    is_ignorant = any(wanted in (one.name, one.label) for one in findings.ignorant)
+    said = findings.notices if is_ignorant else findings.failures
+    said.append(f"{wanted} has no row: others are compared with {findings.measured[0].system.label}.")
+    return findings.measured[0]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong alone: two dozen lines of usage in front of it hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(--help explains all options)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m evaluation.run",
         description="Measure how well models and baselines find the related notes of each note among all others, with "
         "text and image, with the text alone and with the image alone; how sure that is; and how far models rely on "
@@ -360,7 +623,7 @@ def build_parser() -> argparse.ArgumentParser:
         "In place of --notes and --pairs",
     )
     data.add_argument("--notes", help="table of notes: a CSV, JSON lines or Parquet file, a folder")
-    data.add_argument("--pairs", help="table of related pairs among these notes")
+    data.add_argument("--pairs", help="table of related pairs among these notes: note_id, related_note_id")
     data.add_argument(
         "--train",
         type=Path,
@@ -371,7 +634,15 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--train-views",
         metavar="LOG",
-        help="the log of views that --splits were made from, for popularity and item-cf, which see its training part",
+        help="the log of views that --splits were made from, for popularity and item-cf, which see its training part; "
+        "where the splits are by note, nobody has viewed a test note there, and both know nothing",
+    )
+    data.add_argument(
+        "--bad-images",
+        choices=("raise", "text-only"),
+        default="raise",
+        help="what becomes of a note whose image cannot be read, which is tried first: nothing runs, or the note is "
+        "one without image",
     )
     data.add_argument(
         "--protocol",
@@ -388,7 +659,14 @@ def build_parser() -> argparse.ArgumentParser:
     encoders.add_argument("--language", choices=get_args(Language), default="en", help="of the prompt that --llm reads")
     encoders.add_argument("--head-steps", type=int, default=HeadSettings.steps, help="training steps of head-*")
     how = parser.add_argument_group("how")
-    how.add_argument("--ks", nargs="+", type=int, default=[10, 100], metavar="K", help="cuts of the metrics")
+    how.add_argument(
+        "--ks",
+        nargs="+",
+        type=int,
+        default=[10, 100],
+        metavar="K",
+        help="cuts of the metrics; recall at the first is what tests, slices and sentences are about",
+    )
     how.add_argument(
         "--modalities", nargs="+", choices=MODALITIES, default=list(MODALITIES), help="what the models see of a note"
     )
@@ -414,6 +692,12 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--sheet-queries", type=int, default=12, metavar="N", help="queries of the picture sheet (0: none)"
     )
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights of models and encoders; bfloat16 halves memory and is fast on a GPU, float16 may overflow",
+    )
     how.add_argument("--batch-size", type=int, default=32, help="notes encoded at once")
     how.add_argument(
         "--vision-features-dir",
@@ -426,85 +710,92 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what the options say before anything runs, and make the folder of the report.
+
+    Raises:
+        OSError: a folder or a model is not there, or the report's cannot be made.
+        ValueError: options do not go together, or one is out of range; a model is of another kind.
+    """
+    if not (options.model or options.baselines or options.zero_shot_multimodal_llm):
+        raise ValueError("nothing to evaluate: give --model or --baselines")
+    if (options.splits is None) == (options.notes is None or options.pairs is None):
+        raise ValueError("give --splits, or --notes and --pairs")
+    names = [*options.baselines, *(name for name, _path, _is_released in named_models(options))]
+    if repeated := sorted({name for name in options.baselines if options.baselines.count(name) > 1}):
+        raise ValueError(f"--baselines names {repeated[0]} twice")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two rows would be called {repeated[0]!r}: give names of their own, --model NAME=DIR")
+    if options.compare_to is not None and options.compare_to not in comparable_names(options):
+        wrong = f"--compare-to {options.compare_to!r} is none of {', '.join(comparable_names(options))}"
+        if options.compare_to == "chance":
+            wrong += "; chance is a computed expectation, and has no values of single queries to test others against"
+        raise ValueError(wrong)
+    if options.attention_pairs == 1:
+        raise ValueError("--attention-pairs 1: one pair has no negatives to compare with; give 2 or more, or 0")
+    if min(options.ks) < 1 or len(set(options.ks)) < len(options.ks):
+        raise ValueError(f"--ks must be distinct integers of at least 1, got {options.ks}")
+    if options.attention_pairs and not options.model:
+        raise ValueError("--attention-pairs needs a --model, whose LLM is looked into")
+    for option in ("text_encoder", "vision", "clip", "llm"):
+        if is_missing_folder(getattr(options, option)):
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(options, option)}: no such folder")
+    for option, check in (("llm", check_llm), ("vision", check_tower), ("clip", check_clip)):
+        if getattr(options, option) is not None:
+            check(getattr(options, option))
+    options.output.mkdir(parents=True, exist_ok=True)  # now, not after hours
+    for _name, path, is_released in named_models(options):
+        check_model(path, is_released)
+    if named_models(options) and options.reliance and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the figures need matplotlib: pip install 'notellm2[report]', or -e '.[report]' in a checkout")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; `arguments` default to the process's own."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    if not (options.model or options.baselines or options.zero_shot_multimodal_llm):
-        parser.error("nothing to evaluate: give --model or --baselines")
-    if (options.splits is None) == (options.notes is None or options.pairs is None):
-        parser.error("give --splits, or --notes and --pairs")
-    names = [*options.baselines, *(name for name, _path, _is_released in named_models(options))]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        parser.error(f"two rows would be called {repeated[0]!r}: give names of their own, --model NAME=DIR")
-    if options.compare_to is not None and re.sub(r" \(.*\)$", "", options.compare_to) not in names:
-        parser.error(f"--compare-to {options.compare_to!r} is none of {', '.join(names)}")
-    if options.attention_pairs == 1:
-        parser.error("--attention-pairs 1: one pair has no negatives to compare with; give 2 or more, or 0")
-    if min(options.ks) < 1 or len(set(options.ks)) < len(options.ks):
-        parser.error(f"--ks must be distinct integers of at least 1, got {options.ks}")
+    findings = Findings(options.ks, options.seed)
+    baselines = [name for name in options.baselines if name != "chance"]
     try:
+        check_options(options)
         test, inputs = load_inputs(options)
-        names = [name for name in options.baselines if name != "chance"]
-        systems = baseline_systems(names, inputs)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+        check_baselines(baselines, inputs)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    reliances: dict[str, Reliance] = {}
-    curves: dict[str, AttentionCurves] = {}
-    model_names = []
-    for name, path, model in opened_models(options):
-        model_names.append(name)
-        features = None
-        if options.vision_features_dir is not None and isinstance(model, NoteLLM2Model) and model.config.has_vision:
-            logger.info("%s: what its tower sees in the images of %s", name, path)
-            features = VisionFeatureStore(options.vision_features_dir, model).table(test.table, options.batch_size)
-        own = model_systems(
-            model,
-            test.notes,
-            name=name,
-            modalities=options.modalities,
-            batch_size=options.batch_size,
-            vision_features=features,
-        )
-        systems += own
-        if options.reliance and {one.modality for one in own} == set(MODALITIES) and has_two_of_each(test.notes):
-            reliances[name] = reliance(
-                model,
-                test.notes,
-                test.task.related,
-                options.ks,
-                options.batch_size,
-                features,
-                slices_of(test, measure(own[:1], test.task, options.ks)[0]),
-                test.task.candidates,
-                embeds={one.modality: one.scores for one in own if isinstance(one.scores, np.ndarray)},
-                seed=options.seed,
-            )
-        if options.attention_pairs and isinstance(model, NoteLLM2Model) and model.connector is not None:
-            logger.info("%s: attention", name)
-            curves[name] = attention_curves(
-                model, test.notes, test.task.related, max_pairs=options.attention_pairs, seed=options.seed
-            )
-    measured = measure(systems, test.task, options.ks, intervals=True, seed=options.seed)
-    rows = [chance_row(test.task, options.ks)] if "chance" in options.baselines else []
-    rows += [one.row for one in measured]
-    sections = make_sections(
-        test,
-        measured,
-        reliances,
-        curves,
-        reference=find_reference(parser, options.compare_to, measured, model_names),
-        ks=options.ks,
-        num_sheet_queries=options.sheet_queries,
-        seed=options.seed,
-    )
+    for name in baselines:
+        with findings.noting_failures(f"Baseline {name}"):
+            findings.add(baseline_systems([name], inputs), test.task)
+    del inputs  # with its encoder
+    for name, path, is_released in named_models(options):
+        with findings.noting_failures(name):
+            evaluate_named_model(name, path, is_released, test, options, findings)
+    # A report has a row: where nothing knows anything, or could be measured, it is chance.
+    has_chance = "chance" in options.baselines or not findings.measured
+    rows = [chance_row(test.task, options.ks)] if has_chance else []
+    rows += [one.row for one in findings.measured]
+    reference = find_reference(options.compare_to, findings, [name for name, *_ in named_models(options)])
+    sections = make_sections(test, findings, reference, options.sheet_queries, options.seed)
     queries = sum(len(positions) > 0 for positions in test.task.related)
-    facts = collect_facts(notes=len(test.notes), queries=queries, protocol=options.protocol, seed=options.seed)
+    facts = collect_facts(
+        notes=len(test.notes), queries=queries, protocol=options.protocol, dtype=options.dtype, seed=options.seed
+    )
     write_report(options.output, rows, facts, sections)
-    lines = [f"{name}: {sentence}" for name, found in reliances.items() for sentence in found.conclusion]
+    lines = [f"{name}: {sentence}" for name, found in findings.reliances.items() for sentence in found.conclusion]
     sys.stdout.write("\n".join(["", text_table(rows), *lines, "", f"Report: {options.output / 'report.html'}", ""]))
+    if findings.failures:
+        sys.exit("\n".join(["Not measured:", *findings.failures]))
+
+
+def start_logging() -> None:
+    """Show this package's log lines from INFO on, each line once: Hugging Face's libraries have handlers of their own,
+    and hand lines on to the root's as well. Of the Hub's requests, a line each, only the trouble is shown."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    datasets.utils.logging.disable_propagation()
+    huggingface_hub.utils.logging.disable_propagation()
+    transformers.utils.logging.disable_propagation()  # it propagates where the variable CI is set
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    start_logging()
     main()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.metrics import Ranks, ScoreFunction, metrics_per_query, tie_order
-from modeling_notellm2.processing_notellm2 import read_image
+from modeling_notellm2.processing_notellm2 import has_image, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,19 @@ class Answer:
     Args:
         note: the note found.
         score: its similarity with the query, on the system's own scale.
-        is_related: whether it is one of the query's related notes.
+        is_related: whether it is one of the query's related notes that were asked for.
+        is_known: whether it is related to the query, and was not asked for.
     """
 
     note: Note
     score: float
     is_related: bool
+    is_known: bool = False
+
+    @property
+    def sign(self) -> str:
+        """How it is marked."""
+        return "✓" if self.is_related else "(✓)" if self.is_known else "✗"
 
 
 @dataclass
@@ -43,15 +50,17 @@ class SheetQuery:
 
     Args:
         note: the query.
-        num_related: how many related notes it has.
+        num_related: how many related notes were asked for.
         answers: system name to its first answers, best first.
         related: the first of the related notes, which a perfect system would answer.
+        num_known: how many more are related to it, and were not asked for.
     """
 
     note: Note
     num_related: int
     answers: dict[str, list[Answer]]
     related: list[Note] = field(default_factory=list)
+    num_known: int = 0
 
 
 def choose_queries(ranks: Mapping[str, Ranks], count: int = 20, top_k: int = 6, seed: int = 0) -> list[int]:
@@ -91,6 +100,43 @@ def choose_queries(ranks: Mapping[str, Ranks], count: int = 20, top_k: int = 6, 
     return sorted(queries[np.argsort(turn, kind="stable")[:count]].tolist())
 
 
+def say_drawn(num_systems: int, top_k: int = 6) -> str:
+    """How `choose_queries` draws, in a sentence for who looks at the sheet: one system cannot differ from another.
+
+    >>> say_drawn(1).split(" among")[0]
+    'Half of these queries were drawn where the system finds a related note, half where it finds none'
+    """
+    kinds = "where systems differ, a quarter where all do equally well, a quarter where none finds a related note among"
+    if num_systems == 1:
+        kinds = "where the system finds a related note, half where it finds none among"
+    return (
+        f"Half of these queries were drawn {kinds} its first {top_k} answers: worth a look, and no fair sample. Where "
+        "there are too few of a kind, there are more of the others."
+    )
+
+
+def say_found(answers: Sequence[Answer]) -> str:
+    """How many of a system's first answers are right.
+
+    >>> say_found([Answer({}, 1.0, True), Answer({}, 0.5, False), Answer({}, 0.25, False, is_known=True)])
+    '1 of its first 3 answers is related, 1 more not asked for'
+    """
+    right, known = sum(one.is_related for one in answers), sum(one.is_known for one in answers)
+    found = f"{right} of its first {len(answers)} answers {'is' if right == 1 else 'are'} related"
+    return found + (f", {known} more not asked for" if known else "")
+
+
+def say_related(query: SheetQuery) -> str:
+    """How many related notes a query has.
+
+    >>> say_related(SheetQuery({}, 1, {}, num_known=2))
+    '1 related note asked for, of 3'
+    """
+    noun = "note" if query.num_related == 1 else "notes"
+    asked = f" asked for, of {query.num_related + query.num_known}" if query.num_known else ""
+    return f"{query.num_related} related {noun}{asked}"
+
+
 def picture_sheet(
     notes: Sequence[Note],
     related: Sequence[np.ndarray],
@@ -98,6 +144,7 @@ def picture_sheet(
     queries: Sequence[int],
     top_k: int = 6,
     candidates: np.ndarray | None = None,
+    known: Sequence[np.ndarray] | None = None,
 ) -> list[SheetQuery]:
     """What each system answers to some queries: the notes of the pool with the highest scores, but for the query.
 
@@ -105,17 +152,21 @@ def picture_sheet(
 
     Args:
         notes: N notes.
-        related: for each note the positions of its related notes, integers.
+        related: for each note the positions of its related notes that are asked for, integers.
         scores: system name to its (N, D) embeddings or its function, as `rank_related` takes them.
         queries: positions of the queries to show, as from `choose_queries`.
         top_k: answers of a system, and related notes, to show.
         candidates: (N,) bool, the notes of the pool. Default: all.
+        known: for each note the positions of all its related notes, also of those that a protocol does not ask for, so
+            that the sheet does not call an answer wrong which is right. Default: `related`.
 
     Raises:
-        ValueError: `top_k` is below 1; scores are NaN or of the wrong shape.
+        ValueError: `top_k` is below 1; `known` is not of N notes; scores are NaN or of the wrong shape.
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    if known is not None and len(known) != len(notes):
+        raise ValueError(f"known is of {len(known)} notes, notes are {len(notes)}: give the related notes of each.")
     shown: dict[int, Note] = {}  # each note once, however often it is answered, also where `notes` reads from disk
 
     def note_at(position: int) -> Note:
@@ -126,17 +177,19 @@ def picture_sheet(
     sheet, ties = [], tie_order(len(notes))
     for query in map(int, queries):
         wanted = {int(position): None for position in related[query]}  # in the order of `related`
+        more = set() if known is None else set(map(int, known[query])) - wanted.keys() - {query}
         in_pool = np.ones(len(notes), dtype=bool) if candidates is None else candidates.copy()
         in_pool[query] = False
         answers = {}
         for name, score in scores.items():
-            row = _score_row(name, score, query, len(notes))
+            row = score_row(name, score, query, len(notes))
             order = np.lexsort((ties, -row))
             answers[name] = [
-                Answer(note_at(int(position)), float(row[position]), int(position) in wanted)
-                for position in order[in_pool[order]][:top_k]
+                Answer(note_at(position), float(row[position]), position in wanted, position in more)
+                for position in order[in_pool[order]][:top_k].tolist()
             ]
-        sheet.append(SheetQuery(note_at(query), len(wanted), answers, [note_at(one) for one in list(wanted)[:top_k]]))
+        first = [note_at(position) for position in list(wanted)[:top_k]]
+        sheet.append(SheetQuery(note_at(query), len(wanted), answers, first, len(more)))
     return sheet
 
 
@@ -154,7 +207,7 @@ class Pictures:
     def add(self, note: Note) -> None:
         """Take a note's picture in; the note must outlive this object."""
         if id(note) not in self._places:
-            file = _thumbnail(note)
+            file = thumbnail(note)
             self._places[id(note)] = None if file is None else self.files.setdefault(file, len(self.files))
 
     def place(self, note: Note) -> int | None:
@@ -181,8 +234,12 @@ def note_label(note: Note) -> str:
     return next(filter(None, fields), "a note without text")
 
 
-def _score_row(name: str, score: np.ndarray | ScoreFunction, query: int, num_notes: int) -> np.ndarray:
-    """(N,) float scores of one query."""
+def score_row(name: str, score: np.ndarray | ScoreFunction, query: int, num_notes: int) -> np.ndarray:
+    """(N,) float scores of one query, those of embeddings compared as in `evaluation.metrics`.
+
+    Raises:
+        ValueError: scores are NaN or not N; the message has the system's name.
+    """
     if isinstance(score, np.ndarray):
         own = score[query].astype(np.float32).astype(np.float64)
         blocks = (score[start : start + 65536].astype(np.float32) for start in range(0, len(score), 65536))
@@ -199,16 +256,9 @@ def _score_row(name: str, score: np.ndarray | ScoreFunction, query: int, num_not
     return row
 
 
-def _has_image(note: Note) -> bool:
-    image = note.get("image")
-    if isinstance(image, Mapping):  # an undecoded image of `datasets`
-        image = image.get("bytes") or image.get("path")
-    return image is not None and not (isinstance(image, str | bytes) and not image)
-
-
-def _thumbnail(note: Note) -> bytes | None:
+def thumbnail(note: Note) -> bytes | None:
     """A note's picture as a small JPEG file; None if it has none, or none that can be read."""
-    if not _has_image(note):
+    if not has_image(note):
         return None
     try:
         picture = read_image(note["image"])

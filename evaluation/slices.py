@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from evaluation.metrics import Ranks
 from pairs.subsets import SHORT_SHARE, text_lengths
 
 POPULARITY = ("head", "torso", "tail", "cold")
@@ -49,7 +48,8 @@ def topics_of(note: Mapping[str, Any]) -> list[str]:
 
 
 def pair_slices(
-    ranks: Ranks,
+    query: np.ndarray,
+    target: np.ndarray,
     short: np.ndarray,
     popularity: np.ndarray | None = None,
     topics: Sequence[Sequence[str]] | None = None,
@@ -58,27 +58,28 @@ def pair_slices(
     """The slices that hold a pair, by name: (P,) bool masks for `Ranks.select`.
 
     Args:
-        ranks: P pairs.
+        query, target: (P,) int64, positions of the two notes of each pair.
         short: (N,) bool, from `short_notes`.
         popularity: (N,) strings, from `popularity_of_notes`; None: unknown.
         topics: the topics of each note; None: unknown.
         num_topics: slices by topic, those with most queries.
 
     Returns:
-        "short query", "short target"; "head query", …, "cold target"; "topic Drama", … (the query's).
+        Of those that hold a pair: "short query", "short target"; "head query", …, "cold target"; "topic Drama", … (the
+        query's).
     """
-    slices = {"short query": short[ranks.query], "short target": short[ranks.target]}
+    slices = {"short query": short[query], "short target": short[target]}
     if popularity is not None:
         for name in POPULARITY:
-            slices |= {f"{name} query": popularity[ranks.query] == name}
+            slices |= {f"{name} query": popularity[query] == name}
         for name in POPULARITY:
-            slices |= {f"{name} target": popularity[ranks.target] == name}
+            slices |= {f"{name} target": popularity[target] == name}
     if topics is not None:
-        counts = Counter(topic for query in ranks.queries.tolist() for topic in set(topics[query]))
+        counts = Counter(topic for note in np.unique(query).tolist() for topic in set(topics[note]))
         for topic, count in counts.most_common(num_topics):
             if count >= MIN_QUERIES:
                 has_topic = np.array([topic in own for own in topics])
-                slices[f"topic {topic}"] = has_topic[ranks.query]
+                slices[f"topic {topic}"] = has_topic[query]
     return {name: mask for name, mask in slices.items() if mask.any()}
 
 

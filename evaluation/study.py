@@ -4,16 +4,16 @@
 
 A study file names a training config, and factors whose values are settings over it:
 
-    base: ../simulated.yaml            # relative to this file; paths inside it mean what they mean to train/run.py
-    settings: {eval_untrained: false}  # of all runs
+    base: ../simulated.yaml            # relative to this file; paths inside it are relative to the current folder
+    settings: {eval_untrained: false}  # optional: over the base, of all runs; options of train/run.py
     seeds: [0, 1, 2]                   # of train/run.py: what training draws; composition_seed and split_seed stay
     metric: recall@10                  # of tables and figures; study.json has all
-    output_dir: runs/studies/mine
-    keep_checkpoints: false            # of a finished run only settings, report and logs stay
-    factors:
+    output_dir: runs/studies/mine      # relative to the current folder
+    keep_checkpoints: false            # optional: of a finished run only settings, report and logs stay
+    factors:                           # one at a time is varied
       batch size: {setting: per_device_train_batch_size, values: [16, 48]}
-      variant:
-        NoteLLM-2: {}
+      variant:                         # or each value by a name of yours, with its settings
+        NoteLLM-2: {}                  # as the base
         basic: {prompt: basic, late_fusion: none}
 
 Every value and seed is one run of train/run.py in a process of its own. Runs of the same settings are one run. What is
@@ -38,7 +38,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -51,7 +51,7 @@ from scipy import stats
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from evaluation.modality import MODALITIES
-from evaluation.report import Cell, Figure, Section, Table, collect_facts, table_markdown
+from evaluation.report import Cell, Figure, Section, Table, collect_facts, json_text, table_markdown
 from train.arguments import changed_settings
 from train.checkpoints import newest_whole_checkpoint
 
@@ -64,8 +64,19 @@ ROOT = Path(__file__).parents[1]
 CONFIDENCE = 0.95
 TAIL_LINES = 30  # about half of them may be of accelerate launch
 
+TRAINED = "trained"
+"""The system of a run's report that a study is about."""
+PERFECT = "perfect knowledge"
+REFERENCES = ("chance", "bm25", PERFECT)
+"""Systems of a run's report that no setting of training changes, unless it changes the test notes."""
+VALIDATION = "validation"
+"""In a modality's place: the whole validation notes, by which a setting is to be chosen."""
+SHOWN = (VALIDATION, *MODALITIES)
+
+_OF_PERFECT = f"{PERFECT.capitalize()} is an expectation and no bound: on few queries luck may pass or miss it."
 _REQUIRED = {"base", "seeds", "metric", "output_dir", "factors"}
 _OPTIONAL = {"settings", "keep_checkpoints"}
+_RUN_FACTS = ("commit", "time", "hardware", "test_notes", "test_queries", "steps", "train_seconds")
 _OWNED = ("seed", "output_dir", "resume_from_checkpoint")  # by the study
 _KEPT = {"config.yaml", "settings.yaml", "run.log", "report", "runs", "trainer_state.json"}  # runs: TensorBoard's
 
@@ -81,7 +92,8 @@ class Study:
     Attributes:
         name: of the file, without its ending.
         base: the training config.
-        settings: all of the base, and what the study sets over it for all runs.
+        common: what the study sets over the base for all runs.
+        settings: all of the base, and `common` over it.
         seeds: of the runs of one value.
         metric: that tables and figures show, as `evaluation.metrics.metric_names` names it.
         output_dir: folder of runs and results.
@@ -91,6 +103,7 @@ class Study:
 
     name: str
     base: Path
+    common: dict[str, Any]
     settings: dict[str, Any]
     seeds: tuple[int, ...]
     metric: str
@@ -136,17 +149,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One metric of one value of a factor.
+    """One metric of one system of a run's report, for one value of a factor.
 
     Attributes:
         factor, value: which.
-        modality: what the trained model sees of a test note: both, text or image.
+        system: `TRAINED`, "untrained" or one of `REFERENCES`.
+        modality: what it sees of a test note: both, text, image or, in the case of chance, "-"; or `VALIDATION`.
         metric: its name.
         by_seed: seed ─► the metric, in [0, 1], of the runs that are finished; at least one.
     """
 
     factor: str
     value: str
+    system: str
     modality: str
     metric: str
     by_seed: dict[int, float]
@@ -182,23 +197,24 @@ def read_study(path: str | Path) -> Study:
     if unknown := sorted(set(content).difference(_REQUIRED, _OPTIONAL)):
         names = ", ".join(sorted(_REQUIRED | _OPTIONAL))
         raise ValueError(f"{path} sets {unknown[0]!r}, which no study has: choose of {names}.")
-    seeds, base = content["seeds"], path.parent / content["base"]
+    seeds, base = content["seeds"], Path(os.path.normpath(path.parent / content["base"]))
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
         raise ValueError(f"{path}: seeds={seeds!r}: give a list of integers, such as [0, 1, 2].")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{path}: seeds={seeds!r} names a seed twice, which tells nothing new: name each once.")
-    overrides = _checked(content.get("settings") or {}, f"{path}: settings")
+    common = _checked(content.get("settings") or {}, f"{path}: settings")
     if not isinstance(content["factors"], dict) or not content["factors"]:
         raise ValueError(f"{path}: factors={content['factors']!r}: give a mapping of names to values.")
     factors = {str(name): _values(given, f"{path}: factor {name!r}") for name, given in content["factors"].items()}
     if len({_slug(name) for name in factors}) < len(factors):
         raise ValueError(f"{path}: two factors of {list(factors)} would have the same files: name them otherwise.")
-    settings = _read_mapping(base) | overrides
+    settings = _read_mapping(base) | common
     if settings.get("resume_from_checkpoint") is not None:
         raise ValueError(f"{base} sets resume_from_checkpoint, which is for the study to say: remove it.")
     return Study(
         name=path.stem,
         base=base,
+        common=common,
         settings=settings,
         seeds=tuple(seeds),
         metric=str(content["metric"]),
@@ -346,7 +362,7 @@ def report_of(run: Run) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads((run.folder / "report" / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if any(row["system"] == "trained" for row in report["rows"]) else None
+    return report if any(row["system"] == TRAINED for row in report["rows"]) else None
 
 
 def state_of(run: Run) -> Literal["finished", "resume", "start"]:
@@ -427,39 +443,56 @@ def collect(trials: Sequence[Trial]) -> list[Measurement]:
     """Read the reports of the finished runs.
 
     Returns:
-        One measurement a factor, value, modality and metric of which there is a figure, in the order of the trials. A
-        model that reads text alone has figures for "text" alone.
+        One measurement a factor, value, system, modality and metric of which there is a figure, in the order of the
+        trials. A model that reads text alone has figures for "text" alone, beside those of the validation. What is null
+        in a report, as a metric that was no number, is no figure.
     """
-    found: dict[tuple[str, str, str, str], dict[int, float]] = {}
+    found: dict[tuple[str, str, str, str, str], dict[int, float]] = {}
     for trial in trials:
         report = report_of(trial.run)
-        for row in [] if report is None else report["rows"]:
-            if row["system"] != "trained":
-                continue
-            for metric, value in row["metrics"].items():
-                found.setdefault((trial.factor, trial.value, row["modality"], metric), {})[trial.seed] = value
+        if report is None:
+            continue
+        figures = {(row["system"], row["modality"]): row["metrics"] for row in report["rows"]}
+        prefix = f"{VALIDATION}_"
+        figures[TRAINED, VALIDATION] = {
+            name.removeprefix(prefix): value for name, value in report["facts"].items() if name.startswith(prefix)
+        }
+        for (system, modality), metrics in figures.items():
+            for metric, value in metrics.items():
+                if value is None:
+                    continue
+                found.setdefault((trial.factor, trial.value, system, modality, metric), {})[trial.seed] = value
     return [Measurement(*which, by_seed) for which, by_seed in found.items()]
 
 
 def study_tables(study: Study, measurements: Sequence[Measurement]) -> dict[str, Table]:
-    """Factor ─► its table: the study's metric of each value, mean ± half the 95 % interval over seeds, by modality.
+    """Factor ─► its table: the study's metric of each value, mean ± half the 95 % interval over seeds, by `SHOWN`; then
+    a line each of `REFERENCES`, unless the factor's runs have different test notes.
 
     Raises:
         StudyError: there are figures, but none of the study's metric.
     """
     _check_metric(study, measurements)
-    shown = {(m.factor, m.value, m.modality): m for m in measurements if m.metric == study.metric}
+    shown = {
+        (m.factor, m.value, m.modality): m for m in measurements if (m.system, m.metric) == (TRAINED, study.metric)
+    }
     tables = {}
     base = changed_settings(study.settings)
     for factor, values in study.factors.items():
         rows: list[list[Cell]] = []
         for value, settings in values.items():
-            of_value = [shown.get((factor, value, modality)) for modality in MODALITIES]
+            of_value = [shown.get((factor, value, modality)) for modality in SHOWN]
             finished = max((len(m.by_seed) for m in of_value if m is not None), default=0)
             is_base = changed_settings(study.settings | settings) == base
             label = f"{value} (base)" if is_base else value
             rows.append([label, f"{finished} of {len(study.seeds)}", *map(_estimate, of_value)])
-        tables[factor] = Table([factor, "seeds", *MODALITIES], rows, _caption(study, factor), _interval_text(study))
+        references = _references(study, factor, measurements) or {}
+        for system, reached in references.items():
+            rows.append([system, None, None, *(reached.get(modality, reached.get("-")) for modality in MODALITIES)])
+        note = _interval_text(study)
+        if PERFECT in references:
+            note += f" {_OF_PERFECT}"
+        tables[factor] = Table([factor, "seeds", *SHOWN], rows, _caption(study, factor), note)
     return tables
 
 
@@ -470,15 +503,29 @@ def study_sections(study: Study, measurements: Sequence[Measurement]) -> list[Se
         StudyError: there are figures, but none of the study's metric.
         ImportError: matplotlib is not installed.
     """
-    return [
-        Section(factor, tables=[table], figures=[_figure(study, factor, table, measurements)])
-        for factor, table in study_tables(study, measurements).items()
-    ]
+    sections = []
+    for factor, table in study_tables(study, measurements).items():
+        has_references = _references(study, factor, measurements) is not None
+        text = [] if has_references else ["Its runs have different test notes: chance and bm25 are in their reports."]
+        sections.append(Section(factor, text, [table], [_figure(study, factor, table, measurements)]))
+    return sections
+
+
+def _references(study: Study, factor: str, measurements: Sequence[Measurement]) -> dict[str, dict[str, float]] | None:
+    """Of `REFERENCES`: system ─► modality ─► the study's metric; None where the factor's runs have different ones."""
+    found: dict[str, dict[str, float]] = {}
+    for m in measurements:
+        if m.system in REFERENCES and (m.factor, m.metric) == (factor, study.metric):
+            for value in m.by_seed.values():
+                known = found.setdefault(m.system, {}).setdefault(m.modality, value)
+                if not math.isclose(value, known, rel_tol=1e-6):  # the last bits may be another machine's
+                    return None
+    return found
 
 
 def _figure(study: Study, factor: str, table: Table, measurements: Sequence[Measurement]) -> Figure:
     values = "; ".join(f"{row[0]}: {', '.join(map(str, row[2:]))}" for row in table.rows)
-    alt = f"{_caption(study, factor)} ({', '.join(MODALITIES)}). {values}"
+    alt = f"{_caption(study, factor)} ({', '.join(SHOWN)}). {values}"
     return Figure.from_matplotlib(draw_factor(study, factor, measurements), _caption(study, factor), alt)
 
 
@@ -499,7 +546,8 @@ def _estimate(measurement: Measurement | None) -> Cell:
 
 
 def draw_factor(study: Study, factor: str, measurements: Sequence[Measurement]) -> "matplotlib.figure.Figure":
-    """The study's metric over a factor's values, one line a modality, 95 % intervals as bars.
+    """The study's metric over a factor's values, one line a modality and one of the validation, 95 % intervals as bars,
+    and chance on the test notes.
 
     Values that are numbers have an axis of numbers, logarithmic where they span more than a factor of 10; others stand
     side by side as points.
@@ -510,34 +558,44 @@ def draw_factor(study: Study, factor: str, measurements: Sequence[Measurement]) 
     positions = _numbers(values)
     figure = matplotlib.figure.Figure(figsize=(8.0, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, (modality, marker) in enumerate(zip(MODALITIES, "osD", strict=True)):
+    for number, (modality, marker) in enumerate(zip(SHOWN, "^osD", strict=True)):
         shown = [
             m
             for m in measurements
-            if (m.factor, m.modality, m.metric) == (factor, modality, study.metric) and m.value in values
+            if (m.factor, m.system, m.modality, m.metric) == (factor, TRAINED, modality, study.metric)
+            and m.value in values
         ]
         if not shown:
             continue
         if positions is None:  # beside one another, so that their bars can be told apart
-            x = [values.index(m.value) + 0.12 * (number - 1) for m in shown]
+            x = [values.index(m.value) + min(0.02 * len(values), 0.12) * (number - 1.5) for m in shown]
         else:
             x = [positions[m.value] for m in shown]
             shown = [shown[i] for i in np.argsort(x)]
             x = sorted(x)
+        half_widths = [math.nan if m.half_width is None else m.half_width for m in shown]
         axes.errorbar(
             x,
             [m.mean for m in shown],
-            yerr=[m.half_width or 0.0 for m in shown],
+            yerr=None if all(map(math.isnan, half_widths)) else half_widths,  # without, the legend shows no bar either
             marker=marker,
             linestyle="none" if positions is None else "-",
             capsize=4,
-            label=modality,
+            color="grey" if modality == VALIDATION else f"C{number - 1}",
+            label="validation notes" if modality == VALIDATION else f"test notes, {modality}",
         )
+    chance = (_references(study, factor, measurements) or {}).get("chance", {}).get("-")
+    if chance is not None:
+        axes.axhline(chance, color="black", linestyle="--", linewidth=1, label="test notes, chance")
+    # The axis is of all values, also of those that are not run yet.
     if positions is None:
         axes.set_xticks(range(len(values)), values, rotation=20, ha="right")
+        axes.set_xlim(-0.5, len(values) - 0.5)
     else:
         if min(positions.values()) > 0 and max(positions.values()) > 10 * min(positions.values()):
             axes.set_xscale("log")
+        axes.update_datalim([(position, 0) for position in positions.values()])
+        axes.autoscale_view()
         axes.set_xticks(list(positions.values()), values)
         axes.minorticks_off()
     axes.set_xlabel(factor)
@@ -545,7 +603,7 @@ def draw_factor(study: Study, factor: str, measurements: Sequence[Measurement]) 
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(title="the model sees")
+        figure.legend(loc="outside upper center", ncols=3)  # within, it may hide a bar
     return figure
 
 
@@ -587,8 +645,7 @@ def write_study(study: Study, trials: Sequence[Trial], failures: Mapping[str, st
         "measurements": [asdict(m) | {"mean": m.mean, "half_width": m.half_width} for m in measurements],
         "runs": runs,
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-    (study.output_dir / "study.json").write_text(text, encoding="utf-8")
+    (study.output_dir / "study.json").write_text(json_text(content, default=str) + "\n", encoding="utf-8")
     (study.output_dir / "study.md").write_text(_markdown(study, sections, runs, facts), encoding="utf-8")
     return sections
 
@@ -598,7 +655,7 @@ def _run_record(run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
     state = "failed" if run.key in failures else "not run" if report is None else "finished"
     facts = {} if report is None else report["facts"]
     record: dict[str, Any] = {"name": run.name, "folder": str(run.folder), "key": run.key, "state": state}
-    record |= {name: facts.get(name) for name in ("commit", "time", "steps", "train_seconds")}
+    record |= {name: facts.get(name) for name in _RUN_FACTS}
     return record | ({"failure": failures[run.key]} if run.key in failures else {})
 
 
@@ -606,20 +663,28 @@ def _markdown(
     study: Study, sections: Sequence[Section], runs: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
 ) -> str:
     finished = [run for run in runs if run["state"] == "finished"]
-    commits = sorted({str(run["commit"]) for run in finished})
+    commits = _distinct(str(run["commit"]) for run in finished)
+    common = yaml.safe_dump(study.common, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10_000)
     lines = [
         f"# Study: {study.name}",
         "",
         f"{study.metric} of the trained model on the test notes, which it sees whole (both), without image (text) or "
-        f"without text (image). {_interval_text(study)} One factor at a time differs from the base, {study.base}.",
+        f"without text (image), and on the validation notes (other notes, and fewer), by which to choose: the best of "
+        f"many by the test would look better than it is. {_interval_text(study)} "
+        f"One factor at a time differs from the base, {study.base}. The last lines of a table are no values: they are "
+        "what chance and, in a simulated world, perfect knowledge are expected to reach on the same test notes, and "
+        f"what BM25 reaches. {_OF_PERFECT}",
         "",
         f"- command: `{facts['command']}`",
-        f"- runs: {len(finished)} of {len(runs)} finished; commits: {', '.join(commits) or '-'}",
-        f"- hardware of this command: {facts['hardware']}",
+        f"- runs: {len(finished)} of {len(runs)} finished; commits: {commits}",
+        f"- settings of all runs, over the base: `{common.strip()}`",
+        f"- test notes: {_distinct(map(_test_notes, finished))}",
+        f"- hardware: {_distinct(_hardware(run['hardware']) for run in finished if run['hardware'])}",
         "",
     ]
     for section in sections:
         lines += [f"## {section.title}", "", table_markdown(section.tables[0])]
+        lines += [line for paragraph in section.text for line in (paragraph, "")]
         lines += [f"![{section.figures[0].caption}]({_slug(section.title)}.png)", ""]
     if len(finished) < len(runs):
         lines += ["## Not finished", ""]
@@ -629,6 +694,20 @@ def _markdown(
                 lines += ["", f"{run['name']} failed:", "", *(f"    {line}" for line in run["failure"].splitlines())]
         lines.append("")
     return "\n".join(lines)
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; ".join(sorted(set(texts))) or "-"
+
+
+def _test_notes(run: Mapping[str, Any]) -> str:
+    queries = run["test_queries"]  # that have related notes among them
+    return f"{run['test_notes']}" + (f", of which {queries} are queries" if queries is not None else "")
+
+
+def _hardware(hardware: Mapping[str, Any]) -> str:
+    gpu = f", {hardware['gpu']}" if "gpu" in hardware else ""
+    return f"{hardware['cpu']}, {hardware['cores']} cores{gpu}"
 
 
 def _interval_text(study: Study) -> str:
@@ -647,8 +726,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.study",
-        description="Train with each value of each factor of a study file and each seed, and write tables and figures "
+        description="Train with each value of each factor of a study file and each seed, and write tables and figures\n"
         "into its output_dir. Given again, it runs only what is not finished.",
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the study file, such as configs/studies/*.yaml")
     parser.add_argument("--only", nargs="+", metavar=("FACTOR", "VALUE"), help="only this factor, or this value of it")
@@ -665,7 +746,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` as in `sys.argv[1:]`. Exit status 1 if a run failed."""
+    """The command; `argv` as in `sys.argv[1:]`. Exit status 1 if a run failed, 130 or 143 if it was interrupted."""
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.only is not None and len(options.only) > 2:
@@ -691,6 +772,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             sections = write_study(study, trials, failures)
     except StudyError as error:
         sys.exit(str(error))
+    except (KeyboardInterrupt, SystemExit) as interruption:  # SIGINT, SIGTERM
+        finished = sum(state_of(run) == "finished" for run in runs)
+        logger.warning("Interrupted; %d of %d runs are finished; give the same command to go on.", finished, len(runs))
+        sys.exit(130 if isinstance(interruption, KeyboardInterrupt) else interruption.code)
     sys.stdout.write("\n" + "\n".join(table_markdown(section.tables[0]) for section in sections))
     sys.stdout.write(f"\nStudy: {study.output_dir / 'study.md'}\n")
     if failures:

@@ -15,8 +15,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModel, HfArgumentParser
 
+from evaluation.encoders import check_llm, check_tower
 from evaluation.multimodal_llm import MultimodalLLM, MultimodalLLMProcessor
 from modeling_notellm2 import NoteLLM2Model, NoteLLM2PreTrainedModel, NoteLLM2Processor
+from modeling_notellm2.processing_notellm2 import Template
 
 
 @dataclass
@@ -38,8 +40,8 @@ class CompositionArguments:
         default=None,
         metadata={
             "help": "Folder or Hub id of BLIP-2 (with OPT), Qwen2-VL, Qwen2.5-VL or Qwen3-VL, to compare NoteLLM-2 "
-            "with, in place of --llm and --vision. Of what follows, language, embedding_dim, the temperature, the "
-            "lengths of texts and the seed are used; the prompt is the basic one."
+            "with, in place of --llm and --vision. Of what follows, language, template, standardize_states, "
+            "embedding_dim, the temperature, the lengths of texts and the seed are used; the prompt is the basic one."
         },
     )
     max_image_pixels: int | None = field(
@@ -61,6 +63,13 @@ class CompositionArguments:
         },
     )
     language: Literal["en", "zh"] = field(default="en", metadata={"help": "Language of the prompt."})
+    template: Template = field(
+        default="paper",
+        metadata={
+            "help": "Words of the prompt. paper: those of NoteLLM-2; compact: the same order in a quarter of the "
+            "tokens or less, faster, and to be trained with. A checkpoint keeps the words that it was made with."
+        },
+    )
     connector: Literal["qformer", "mlp"] = field(
         default="qformer", metadata={"help": "What turns patches into visual tokens; unused with --prompt text."}
     )
@@ -68,6 +77,14 @@ class CompositionArguments:
     qformer_layers: int = field(default=6, metadata={"help": "Layers of the Q-Former."})
     qformer_hidden_size: int = field(
         default=768, metadata={"help": "Width of the Q-Former; a multiple of 64, the width of one attention head."}
+    )
+    standardize_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Move and scale the LLM's states to mean 0 and deviation 1 over the training notes, which the "
+            "warm-up of training measures (head_warmup_steps): what differs between notes is a small part of the "
+            "states of a pretrained LLM. Start with a temperature of 0.3 or so: the embeddings differ more, too."
+        },
     )
     late_fusion: Literal["scalar", "vector", "none"] = field(
         default="scalar",
@@ -103,7 +120,9 @@ def compose(arguments: CompositionArguments) -> NoteLLM2PreTrainedModel:
     """Build the untrained model that `arguments` describe, with its processor (`model.processor`).
 
     Raises:
-        ValueError: no LLM, settings that contradict one another, or a `model` that is no NoteLLM-2 checkpoint.
+        OSError: a model is not to be found.
+        ValueError: no LLM, settings that contradict one another, a backbone of another kind, or a `model` that is no
+            NoteLLM-2 checkpoint.
     """
     if arguments.model is not None:
         loaded = AutoModel.from_pretrained(arguments.model)
@@ -125,12 +144,16 @@ def compose(arguments: CompositionArguments) -> NoteLLM2PreTrainedModel:
     if arguments.qformer_hidden_size % 64:
         raise ValueError(f"qformer_hidden_size={arguments.qformer_hidden_size} must be a multiple of 64.")
     vision = arguments.vision or None  # a YAML file's tower can only be taken back with an empty string
+    check_llm(arguments.llm)
+    if vision is not None:
+        check_tower(vision)
     prompt = arguments.prompt if vision is not None else "text"
     processor = NoteLLM2Processor.from_backbones(
         arguments.llm,
         vision,
         prompt=prompt,
         language=arguments.language,
+        template=arguments.template,
         num_visual_tokens=arguments.num_visual_tokens,
         **_text_lengths(arguments),
     )
@@ -148,6 +171,7 @@ def compose(arguments: CompositionArguments) -> NoteLLM2PreTrainedModel:
                 "num_attention_heads": arguments.qformer_hidden_size // 64,
                 "intermediate_size": 4 * arguments.qformer_hidden_size,
             },
+            standardize_states=arguments.standardize_states,
             late_fusion=None if arguments.late_fusion == "none" else arguments.late_fusion,
             late_fusion_initial_weight=arguments.late_fusion_initial_weight,
             late_fusion_normalize=arguments.late_fusion_normalize,
@@ -169,6 +193,7 @@ def _multimodal_llm(arguments: CompositionArguments) -> MultimodalLLM:
         arguments.multimodal_llm,
         arguments.max_image_pixels,
         language=arguments.language,
+        template=arguments.template,
         **_text_lengths(arguments),
     )
     with torch.random.fork_rng(devices=[]):
@@ -176,6 +201,7 @@ def _multimodal_llm(arguments: CompositionArguments) -> MultimodalLLM:
         return MultimodalLLM.from_backbone(
             arguments.multimodal_llm,
             processor=processor,
+            standardize_states=arguments.standardize_states,
             embedding_dim=arguments.embedding_dim or None,
             initial_temperature=arguments.initial_temperature,
             learnable_temperature=arguments.learnable_temperature,

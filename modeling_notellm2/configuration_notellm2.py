@@ -7,7 +7,12 @@ A checkpoint describes itself: `from_pretrained` needs no argument beyond the fo
 from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, Blip2QFormerConfig
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.versions import require_version
+
+# Said here, before the first name that 4.57 lacks: releases in between load, and leave a CLIP tower at random.
+require_version("transformers>=5.6", 'Older ones cannot read this model: pip install "transformers>=5.6".')
+
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
 Connector = Literal["qformer", "mlp"]
 LateFusion = Literal["scalar", "vector"]
@@ -28,6 +33,12 @@ class NoteLLM2Config(PreTrainedConfig):
         num_visual_tokens: visual tokens an image is turned into (L_c in the paper).
         image_token_id: id of `<IMG>`, the placeholder that visual tokens replace.
         image_embedding_token_id: id of `<IMG_EMB>`, which ends the visual half of the mICL prompt.
+        standardize_states: move and scale the LLM's final states before anything reads them: minus their mean over
+            training notes, divided by their deviation from it, one number for all dimensions. A pretrained LLM gives
+            any two notes states of cosine 0.94 or more, so that what differs is a small part of what the head sees;
+            `False` is the paper. Late fusion reads the tower's vectors so, too. The warm-up of training measures all
+            of them, and the checkpoint keeps them. As embeddings differ more then, `initial_temperature` should be
+            higher: 0.3.
         late_fusion: `"scalar"` (NoteLLM-2, late fusion: an MLP predicts one weight a note), `"vector"` (the paper's
             code: one weight a dimension) or `None`.
         late_fusion_initial_weight: weight of the image before training, in (0, 1).
@@ -64,6 +75,7 @@ class NoteLLM2Config(PreTrainedConfig):
         num_visual_tokens: int = 16,
         image_token_id: int | None = None,
         image_embedding_token_id: int | None = None,
+        standardize_states: bool = False,
         late_fusion: LateFusion | None = "scalar",
         late_fusion_initial_weight: float = 0.1,
         late_fusion_normalize: bool = True,
@@ -102,6 +114,7 @@ class NoteLLM2Config(PreTrainedConfig):
         self.num_visual_tokens = num_visual_tokens
         self.image_token_id = image_token_id
         self.image_embedding_token_id = image_embedding_token_id
+        self.standardize_states = standardize_states
         self.late_fusion = late_fusion
         self.late_fusion_initial_weight = late_fusion_initial_weight
         self.late_fusion_normalize = late_fusion_normalize

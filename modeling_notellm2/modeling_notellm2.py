@@ -11,7 +11,7 @@ The model sees tensors only: `NoteLLM2Processor` makes them from notes, and the 
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -31,12 +31,15 @@ from transformers.utils import ModelOutput, is_peft_available, logging
 from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
 from .fusion_notellm2 import GateOutput, LateFusion
+from .packing_notellm2 import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, pack, packed_states
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
 from .vision_notellm2 import VisionFeatures, VisionTower
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+logger = logging.get_logger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100.0)
 """Upper bound of `logit_scale`: the temperature never falls below 0.01 (the bound CLIP introduced)."""
@@ -45,6 +48,9 @@ Part = Literal["connector", "head", "llm"]
 
 WINDOW_BATCHES = 8
 """`encode` sorts notes by length within so many batches: more would pad little less, and hold more decoded pictures."""
+
+PROCESSOR_TOKENS = 2048
+"""Tokens a forward pass of `encode` on a processor, at most: what lies between two layers then stays in its caches."""
 
 
 @dataclass
@@ -86,7 +92,143 @@ class NoteStates(NamedTuple):
     has_image: Tensor
 
 
-class NoteLLM2PreTrainedModel(PreTrainedModel):
+SAME_STATES = 1e-6
+"""A deviation of states, relative to their mean's size, that float32 arithmetic makes of equal notes."""
+
+
+class StateStandardizer(nn.Module):
+    """(B, d) states of an LLM ─► (x − mean) · scale, one scale for all dimensions; the identity until `fit`.
+
+    Each dimension's own scale would turn directions in which notes hardly differ into noise.
+
+    Args:
+        width: d.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(1))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` has run, here or before the checkpoint was saved."""
+        return bool(self.mean.any())
+
+    @torch.no_grad()
+    def fit(self, states: Tensor) -> None:
+        """Measure (N, d) states of at least two different notes: they come out with mean 0 and root mean square 1.
+
+        Raises:
+            ValueError: all states are equal, or differ by rounding alone.
+        """
+        states = states.double()
+        mean = states.mean(0)
+        deviation = (states - mean).square().mean().sqrt()
+        if not deviation > SAME_STATES * mean.square().mean().sqrt():  # NaN of no states, too
+            raise ValueError(f"the states of {len(states)} notes do not differ, and cannot be standardized.")
+        self.mean.copy_(mean)
+        self.scale.copy_(1 / deviation)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, d) ─► (B, d), of the same dtype."""
+        return ((states.float() - self.mean.float()) * self.scale.float()).to(states.dtype)
+
+    def reset_parameters(self) -> None:
+        """The identity."""
+        nn.init.zeros_(self.mean)
+        nn.init.ones_(self.scale)
+
+
+class NoteEncoderMixin:
+    """Notes ─► embeddings, batch by batch: the loop behind `encode`, which models and their exported graphs share.
+
+    A subclass has `config`, `processor` and `device`, as `NoteLLM2Model` has them, and `_embed_batch`.
+    """
+
+    config: Any
+    processor: Any
+    device: Any
+
+    def _embed_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the processor made of B notes, on `device` ─► (B, D) float32, L2-normalised."""
+        raise NotImplementedError
+
+    def _encode_all(
+        self,
+        notes: Iterable[Any],
+        batch_size: int,
+        show_progress_bar: bool,
+        truncate_dim: int | None,
+        processor: NoteLLM2Processor | None = None,
+        vision_features: Callable[[Sequence[EncodedNote]], Mapping[str, Tensor]] | None = None,
+    ) -> Tensor:
+        """(N, D) float32 on `device`; arguments and errors are those of `NoteLLM2PreTrainedModel.encode`."""
+        if isinstance(notes, str | Mapping | Image.Image):
+            raise ValueError("encode takes a sequence of notes, and got a single one: pass [note].")
+        if hasattr(notes, "columns"):  # iterating over a data frame gives its column names
+            raise ValueError(f'notes is a {type(notes).__name__}: pass its rows, notes.to_dict("records").')
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        dim = self.config.embedding_dim or self.config.hidden_size
+        if truncate_dim is not None and not 1 <= truncate_dim <= dim:
+            raise ValueError(f"truncate_dim={truncate_dim} must lie between 1 and the embedding's width, {dim}.")
+        processor = processor or self.processor
+        total = len(notes) if isinstance(notes, Sized) else None
+        embeds: list[Tensor] = []
+        rows: list[int] = []  # of each note, among those that are encoded
+        row_of: dict[bytes | int, int] = {}  # what tells a note from others ─► its row
+        with tqdm(total=total, desc="encode", unit="note", disable=not show_progress_bar) as progress:
+            stream = (processor.encode_note(note, index) for index, note in enumerate(notes))
+            # Notes of like length share a batch.
+            while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
+                new = []
+                for note in window:
+                    known = len(row_of)
+                    # With features given, an image is not read.
+                    content = note.content_digest() if vision_features is None else None
+                    rows.append(row_of.setdefault(len(rows) if content is None else content, known))
+                    if len(row_of) > known:
+                        new.append(note)
+                if new:
+                    embeds.append(self._encode_window(new, batch_size, processor, vision_features, progress))
+                progress.update(len(window) - len(new))
+        result = torch.cat(embeds) if embeds else torch.empty(0, dim, device=self.device)
+        if len(rows) > len(result):
+            result = result[rows]
+        if truncate_dim is not None:
+            result = functional.normalize(result[:, :truncate_dim], dim=-1)
+        return result
+
+    def _encode_window(
+        self,
+        window: list[EncodedNote],
+        batch_size: int,
+        processor: NoteLLM2Processor,
+        vision_features: Callable[[Sequence[EncodedNote]], Mapping[str, Tensor]] | None,
+        progress: tqdm,
+    ) -> Tensor:
+        lengths = [len(processor.token_ids(note)) for note in window]
+        max_tokens = PROCESSOR_TOKENS if self.device.type == "cpu" else sum(lengths)
+        result: Tensor | None = None
+        for picked in _batches(lengths, batch_size, max_tokens):
+            notes = [window[i] for i in picked]
+            batch = dict(processor.collate(notes, decode_images=vision_features is None))
+            if vision_features is not None:
+                batch |= vision_features(notes)
+            embeds = self._embed_batch({name: value.to(self.device) for name, value in batch.items()})
+            if result is None:
+                result = embeds.new_empty(len(window), embeds.shape[1])
+            result[torch.tensor(picked, device=result.device)] = embeds
+            progress.update(len(picked))
+        assert result is not None  # a window is never empty
+        return result
+
+
+class NoteLLM2PreTrainedModel(PreTrainedModel, NoteEncoderMixin):
     """What models of notes share: the head and the temperature, `encode`, LoRA, loading, saving and initialisation.
 
     A subclass has a `language_model`, `get_states` and `embed_states`, and calls `_complete` last in its `__init__`.
@@ -107,6 +249,8 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # bfloat16 would round a mean that is a hundred times what differs.
+    _keep_in_fp32_modules_strict = ["note_standardizer", "visual_standardizer", "pooled_standardizer"]
 
     processor_class: ClassVar[type[NoteLLM2Processor]] = NoteLLM2Processor
     parts: Mapping[Part, tuple[str, ...]] = {
@@ -121,6 +265,7 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
     def _complete(self) -> None:
         """The end of `__init__`: head, temperature, adapters, and a record of what is fixed."""
         config = self.config
+        self.note_standardizer = StateStandardizer(config.hidden_size) if config.standardize_states else None
         self.head = (
             nn.Identity()
             if config.embedding_dim is None
@@ -144,7 +289,7 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.image_embedding, std=self.config.initializer_range)
         elif isinstance(module, QFormerConnector):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif isinstance(module, GateOutput):
+        elif isinstance(module, GateOutput | StateStandardizer):
             module.reset_parameters()
 
     @classmethod
@@ -208,7 +353,8 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
         Args:
             notes: mappings with `title`, `topics`, `content`, `image` (each optional), strings (a note's content) or
                 PIL images; a list, a `datasets.Dataset`, any iterable.
-            batch_size: notes a forward pass. The embeddings do not depend on it.
+            batch_size: notes a forward pass, at most; on a processor fewer where they are long. The embeddings do not
+                depend on it. A note that repeats is encoded once, unless its picture is in memory.
             show_progress_bar: show one progress bar over all notes.
             convert_to_tensor: return a tensor on the model's device instead of a NumPy array.
             truncate_dim: keep the first so many dimensions and normalise again.
@@ -223,32 +369,17 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             NoteError: a note that cannot be read; names its index, the field and the remedy.
             ValueError: `notes` is a single note; `batch_size` or `truncate_dim` out of range.
         """
-        if isinstance(notes, str | Mapping | Image.Image):
-            raise ValueError("encode takes a sequence of notes, and got a single one: pass [note].")
-        if hasattr(notes, "columns"):  # iterating over a data frame gives its column names
-            raise ValueError(f'notes is a {type(notes).__name__}: pass its rows, notes.to_dict("records").')
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        dim = self.config.embedding_dim or self.config.hidden_size
-        if truncate_dim is not None and not 1 <= truncate_dim <= dim:
-            raise ValueError(f"truncate_dim={truncate_dim} must lie between 1 and the embedding's width, {dim}.")
-        processor = processor or self.processor
-        total = len(notes) if isinstance(notes, Sized) else None
         was_training = self.training
         self.eval()
-        embeds: list[Tensor] = []
         try:
-            with tqdm(total=total, desc="encode", unit="note", disable=not show_progress_bar) as progress:
-                stream = (processor.encode_note(note, index) for index, note in enumerate(notes))
-                # Notes of like length share a batch.
-                while window := list(islice(stream, WINDOW_BATCHES * batch_size)):
-                    embeds.append(self._encode_window(window, batch_size, processor, vision_features, progress))
+            embeds = self._encode_all(notes, batch_size, show_progress_bar, truncate_dim, processor, vision_features)
         finally:
             self.train(was_training)
-        result = torch.cat(embeds) if embeds else torch.empty(0, dim, device=self.device)
-        if truncate_dim is not None:
-            result = functional.normalize(result[:, :truncate_dim], dim=-1)
-        return result if convert_to_tensor else result.cpu().numpy()
+        return embeds if convert_to_tensor else embeds.cpu().numpy()
+
+    def _embed_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
+        note_embeds: Tensor = self(**batch).note_embeds
+        return note_embeds
 
     def add_lora(self, **settings: Any) -> None:
         """Add LoRA adapters to the LLM; they become part of the config and of every checkpoint.
@@ -291,34 +422,22 @@ class NoteLLM2PreTrainedModel(PreTrainedModel):
             if "lora_" in name:  # not the whole module: a cast would also round the rotary frequencies
                 parameter.data = parameter.data.to(self.dtype)
 
-    def _encode_window(
-        self,
-        window: list[EncodedNote],
-        batch_size: int,
-        processor: NoteLLM2Processor,
-        vision_features: Callable[[Sequence[EncodedNote]], Mapping[str, Tensor]] | None,
-        progress: tqdm,
-    ) -> Tensor:
-        order = sorted(range(len(window)), key=lambda i: len(window[i].input_ids), reverse=True)
-        result: Tensor | None = None
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            notes = [window[i] for i in picked]
-            batch = dict(processor.collate(notes, decode_images=vision_features is None))
-            if vision_features is not None:
-                batch |= vision_features(notes)
-            embeds = self(**{name: value.to(self.device) for name, value in batch.items()}).note_embeds
-            if result is None:
-                result = embeds.new_empty(len(window), embeds.shape[1])
-            result[torch.tensor(picked, device=result.device)] = embeds
-            progress.update(len(picked))
-        assert result is not None  # a window is never empty
-        return result
-
     def _takes_part(self) -> bool:
         """Whether what reads images runs, to no effect, where a batch has none: other processes may have some, and
         wait for a gradient of every weight; with ZeRO-3, which gathers weights where they are used, in any pass."""
         return (self.training and torch.is_grad_enabled()) or is_deepspeed_zero3_enabled()
+
+    def fit_standardizers(self, states: NoteStates) -> None:
+        """Measure the states of notes for `config.standardize_states`, without which this does nothing.
+
+        Args:
+            states: of some hundred training notes or more, as the LLM gives them before it trains.
+
+        Raises:
+            ValueError: all states are equal.
+        """
+        if self.note_standardizer is not None:
+            self.note_standardizer.fit(states.note_states)
 
     def _to_embeds(self, states: Tensor) -> Tensor:
         return functional.normalize(self.head(states).float(), dim=-1)
@@ -341,6 +460,8 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
     def __init__(self, config: NoteLLM2Config) -> None:
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.text_config.model_type in PACKABLE_MODEL_TYPES and _attention(self.language_model) == "sdpa":
+            self.language_model.set_attn_implementation(PACKED_ATTENTION)
         self.vision_tower = None
         if config.vision_config is not None:
             self.vision_tower = VisionTower(config.vision_config, config.freeze_vision_tower)
@@ -348,6 +469,14 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.late_fusion = LateFusion(config) if config.has_vision and config.late_fusion else None
         # <IMG_EMB> has its own vector: the LLM's embedding matrix stays as it is, and need not train.
         self.image_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        # n_v stands elsewhere in the prompt, and around a mean of its own.
+        self.visual_standardizer = None
+        if config.standardize_states and self.connector is not None:
+            self.visual_standardizer = StateStandardizer(config.hidden_size)
+        # What a tower sees of any picture has a mean, too, which would make late fusion alike for all of them.
+        self.pooled_standardizer = None
+        if config.standardize_states and self.late_fusion is not None:
+            self.pooled_standardizer = StateStandardizer(config.vision_hidden_size)
         self._complete()
 
     @classmethod
@@ -482,11 +611,15 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         """
         features, has_image = self._vision_inputs(input_ids, **images)
         inputs_embeds = self._embed(input_ids, features, has_image)
-        # Positions count real tokens only, so that left padding does not shift them.
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        states = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state  # (B, T, d_llm)
+        if _attention(self.language_model) == PACKED_ATTENTION:
+            batch = pack(input_ids, attention_mask, self.config.image_token_id)
+            states = packed_states(self.language_model, inputs_embeds, batch)
+        else:
+            # Positions count real tokens only, so that left padding does not shift them.
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            states = self.language_model(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state  # (B, T, d_llm)
         note_states = last_token_states(states, attention_mask)  # n_m
         rows = torch.arange(states.shape[0], device=states.device)
 
@@ -497,7 +630,9 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return NoteStates(note_states, visual_states, has_visual, pooled_embeds, has_image)
 
     def embed_states(self, states: NoteStates) -> NoteLLM2Output:
-        """Late fusion, head and normalisation: the second half of `forward`, all that comes after the LLM."""
+        """Standardization, late fusion, head and normalisation: the second half of `forward`, all that comes after the
+        LLM."""
+        states = self._standardized(states)
         note_states, visual_states, fusion_weight = states.note_states, states.visual_states, None
         if self.late_fusion is not None:
             note_states, visual_states, fusion_weight = self._fuse(states)
@@ -510,6 +645,31 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             fusion_weight=fusion_weight,
             logit_scale=self._scale(),
         )
+
+    def fit_standardizers(self, states: NoteStates) -> None:
+        super().fit_standardizers(states)
+        of_images: list[tuple[str, StateStandardizer | None, Tensor | None]] = [
+            ("n_v", self.visual_standardizer, states.visual_states),
+            ("pooled_embeds", self.pooled_standardizer, states.pooled_embeds),
+        ]
+        for name, standardizer, found in of_images:
+            if standardizer is None or found is None:
+                continue
+            try:
+                standardizer.fit(found[states.has_visual] if name == "n_v" else found)
+            except ValueError as error:  # one image, or everywhere the same: no reason to refuse the notes' texts
+                logger.warning("%s are left as they are: %s", name, error)
+
+    def _standardized(self, states: NoteStates) -> NoteStates:
+        if self.note_standardizer is None:
+            return states
+        visual_states, pooled_embeds = states.visual_states, states.pooled_embeds
+        if visual_states is not None and self.visual_standardizer is not None:
+            visual_states = self.visual_standardizer(visual_states)
+        if pooled_embeds is not None and self.pooled_standardizer is not None:
+            pooled_embeds = self.pooled_standardizer(pooled_embeds)
+        note_states = self.note_standardizer(states.note_states)
+        return states._replace(note_states=note_states, visual_states=visual_states, pooled_embeds=pooled_embeds)
 
     def _vision_inputs(
         self,
@@ -601,6 +761,12 @@ def refuse_unknown_settings(config_class: type[PreTrainedConfig], settings: Mapp
         )
 
 
+def _attention(model: PreTrainedModel) -> str | None:
+    """The attention implementation of a model. Where none was asked for, transformers takes "sdpa", and `NoteLLM2Model`
+    the packed one in its place."""
+    return getattr(model.config, "_attn_implementation", None)
+
+
 def adopt_config(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Make a backbone's configuration a part of ours: one dtype, as each was saved with its own, and no folder of this
     machine, which has no place in a checkpoint."""
@@ -611,6 +777,23 @@ def adopt_config(config: PreTrainedConfig, dtype: torch.dtype) -> None:
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
             adopt_config(part, dtype)
+
+
+def _batches(lengths: Sequence[int], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+    """Positions of notes, the longest first, in batches of at most so many notes and, beyond one note, tokens.
+
+    >>> list(_batches([5, 9, 5, 4], batch_size=3, max_tokens=12))
+    [[1], [0, 2], [3]]
+    """
+    batch: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda position: lengths[position], reverse=True):
+        # The first is the longest, to which the others are padded where they are not packed.
+        if len(batch) == batch_size or (batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
 
 
 def last_token_states(states: Tensor, attention_mask: Tensor) -> Tensor:

@@ -5,64 +5,117 @@ that knows no added token, and cut before it is placed: whatever a note says, it
 early or push the prompt's last word out.
 """
 
+import hashlib
 import io
 import json
 import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeGuard, get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tokenizers import AddedToken, Tokenizer
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    BatchFeature,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
+
+# Not from the top: transformers 5.6 hides it there without torchvision, which its PIL backend does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 IMAGE_TOKEN = "<IMG>"
 IMAGE_EMBEDDING_TOKEN = "<IMG_EMB>"
 TEXT_FIELDS = ("title", "topics", "content")
 
+# "basic" is the MLRM baseline, "micl" multimodal in-content learning; "text" shows no image.
 Prompt = Literal["basic", "micl", "text"]
 Language = Literal["en", "zh"]
+Template = Literal["paper", "compact"]
 PaddingSide = Literal["right", "left"]
 
-# NoteLLM-2, prompts: "basic" is the MLRM baseline, "micl" multimodal in-content learning; "text" shows no image. The
-# Chinese wording is the one the paper's code was trained with.
-_COMPRESS = {"en": '. Compress this note into one word: "', "zh": "，压缩为一个词：“"}
-_TEXT_NOTE = {
-    "en": "Note content: {'title': '{title}', 'topic': '{topics}', 'content': '{content}'}",
-    "zh": '笔记：{"标题":"{title}","话题":"{topics}","内容":"{content}"}',
-}
-_BASIC_NOTE = {
-    "en": "Note content: {'image': '<IMG>', 'title': '{title}', 'topic': '{topics}', 'content': '{content}'}",
-    "zh": '笔记：{"图片":"<IMG>","标题":"{title}","话题":"{topics}","内容":"{content}"}',
-}
-_IMAGE_NOTE = {"en": "Note content: {'image': '<IMG>'}", "zh": '笔记：{"图片":"<IMG>"}'}
-_AFTER_IMAGE = {"en": '<IMG_EMB>". ', "zh": "<IMG_EMB>”。"}
+
+class _Words(NamedTuple):
+    """What the prompts of one template and language are made of."""
+
+    start: str
+    image_note: str
+    basic_note: str
+    text_note: str
+    compress: str
+    after_image: str
 
 
-def prompt_template(prompt: Prompt, language: Language) -> str:
+_TEMPLATES: dict[Template, dict[Language, _Words]] = {
+    "paper": {  # NoteLLM-2; the Chinese wording is the one the paper's code was trained with
+        "en": _Words(
+            start="",
+            image_note="Note content: {'image': '<IMG>'}",
+            basic_note="Note content: {'image': '<IMG>', 'title': '{title}', 'topic': '{topics}', "
+            "'content': '{content}'}",
+            text_note="Note content: {'title': '{title}', 'topic': '{topics}', 'content': '{content}'}",
+            compress='. Compress this note into one word: "',
+            after_image='<IMG_EMB>". ',
+        ),
+        "zh": _Words(
+            start="",
+            image_note='笔记：{"图片":"<IMG>"}',
+            basic_note='笔记：{"图片":"<IMG>","标题":"{title}","话题":"{topics}","内容":"{content}"}',
+            text_note='笔记：{"标题":"{title}","话题":"{topics}","内容":"{content}"}',
+            compress="，压缩为一个词：“",
+            after_image="<IMG_EMB>”。",
+        ),
+    },
+    # One token after a field: a line break, which no field can hold, as white space in them is folded; a colon where
+    # the model reads. The instruction stands where all notes begin alike, which packing computes once.
+    "compact": {
+        "en": _Words(
+            start="In one word\n",
+            image_note="<IMG>",
+            basic_note="<IMG>{title}\n{topics}\n{content}",
+            text_note="{title}\n{topics}\n{content}",
+            compress=":",
+            after_image="<IMG_EMB>",
+        ),
+        "zh": _Words(
+            start="一个词\n",
+            image_note="<IMG>",
+            basic_note="<IMG>{title}\n{topics}\n{content}",
+            text_note="{title}\n{topics}\n{content}",
+            compress="：",
+            after_image="<IMG_EMB>",
+        ),
+    },
+}
+
+
+def prompt_template(prompt: Prompt, language: Language, template: Template = "paper") -> str:
     """The prompt of a note with an image, with `<IMG>`, `<IMG_EMB>`, `{title}`, `{topics}` and `{content}` in place.
 
     >>> prompt_template("micl", "zh")
     '笔记：{"图片":"<IMG>"}，压缩为一个词：“<IMG_EMB>”。笔记：{"标题":"{title}","话题":"{topics}","内容":"{content}"}，压缩为一个词：“'
+    >>> prompt_template("micl", "en", "compact")
+    'In one word\\n<IMG>:<IMG_EMB>{title}\\n{topics}\\n{content}:'
     """
-    compress = _COMPRESS[language]
+    words = _TEMPLATES[template][language]
+    note = words.basic_note if prompt == "basic" else words.text_note
     if prompt == "micl":
-        return _IMAGE_NOTE[language] + compress + _AFTER_IMAGE[language] + _TEXT_NOTE[language] + compress
-    return (_BASIC_NOTE if prompt == "basic" else _TEXT_NOTE)[language] + compress
+        note = words.image_note + words.compress + words.after_image + note
+    return words.start + note + words.compress
+
+
+def is_template_name(template: str) -> TypeGuard[Template]:
+    """Whether it names templates, and is no template itself.
+
+    >>> is_template_name("compact"), is_template_name("{title} in one word:")
+    (True, False)
+    """
+    return template in get_args(Template)
 
 
 class NoteError(ValueError):
@@ -87,6 +140,27 @@ class EncodedNote:
     image: Any
     pixels: dict[str, torch.Tensor] | None = None
 
+    def content_digest(self) -> bytes | None:
+        """16 bytes by which notes that say and show the same are found, wherever their image's file is.
+
+        None: its picture is in memory. To compare pixels would take as long as to decode a file.
+        """
+        content = hashlib.blake2b(digest_size=16)
+        content.update(f"{len(self.input_ids)} {self.input_ids} {type(self.image).__name__}".encode())
+        if self.pixels is not None:  # by now the file may have changed or gone
+            for name in sorted(self.pixels):
+                content.update(
+                    f"{name} {tuple(self.pixels[name].shape)}".encode() + self.pixels[name].numpy().tobytes()
+                )
+        elif isinstance(self.image, bytes):
+            content.update(self.image)
+        elif isinstance(self.image, str | os.PathLike):
+            with suppress(OSError):  # `load_image` will name it
+                content.update(Path(self.image).read_bytes())
+        elif self.image is not None:
+            return None
+        return content.digest()
+
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Add `<IMG>` and `<IMG_EMB>`.
@@ -110,13 +184,14 @@ class NoteLLM2Processor(ProcessorMixin):
         num_visual_tokens: how many `<IMG>` placeholders an image takes.
         max_title_tokens, max_topics_tokens, max_content_tokens: each field is cut to so many tokens.
         padding_side: `"right"` or `"left"`; embeddings do not depend on it.
-        template: prompt of a note with an image; by default the one that `prompt` and `language` name. It is saved, so
-            that a checkpoint keeps the words it was trained with.
-        text_template: the same for a note without an image.
+        template: prompt of a note with an image: `"paper"`, `"compact"` (few tokens; to be trained with), or words of
+            your own. The first two are those of `prompt_template`. The attribute holds the words, and so does what is
+            saved: a checkpoint keeps those it was trained with.
+        text_template: the same for a note without an image; by default of the same name, `"paper"` beside words.
 
     Raises:
-        ValueError: an unknown setting, a tokenizer without a `tokenizers` backend, a template that breaks the order
-            image, `<IMG_EMB>`, text.
+        ValueError: an unknown setting, a tokenizer without a `tokenizers` backend, a template that holds nothing of a
+            note or breaks the order image, `<IMG_EMB>`, text.
     """
 
     settings: ClassVar[tuple[str, ...]] = (
@@ -143,7 +218,7 @@ class NoteLLM2Processor(ProcessorMixin):
         max_topics_tokens: int = 32,
         max_content_tokens: int = 128,
         padding_side: PaddingSide = "right",
-        template: str | None = None,
+        template: str = "paper",
         text_template: str | None = None,
     ) -> None:
         for name, value, choices in (
@@ -177,8 +252,10 @@ class NoteLLM2Processor(ProcessorMixin):
         self.max_topics_tokens = max_topics_tokens
         self.max_content_tokens = max_content_tokens
         self.padding_side = padding_side
-        self.template = template if template is not None else prompt_template(prompt, language)
-        self.text_template = text_template if text_template is not None else prompt_template("text", language)
+        if text_template is None:
+            text_template = template if is_template_name(template) else "paper"
+        self.template = _template_words(template, prompt, language)
+        self.text_template = _template_words(text_template, "text", language)
         _check_template("template", self.template)
         _check_template("text_template", self.text_template)
         if IMAGE_TOKEN in self.text_template:
@@ -226,12 +303,15 @@ class NoteLLM2Processor(ProcessorMixin):
         """Check one note and turn it into token ids; its image is not decoded yet.
 
         Args:
-            note: a mapping with any of `title`, `topics`, `content`, `image`; a string (its content); a PIL image.
+            note: a mapping with any of `title`, `topics`, `content`, `image`; a string (its content); a PIL image; an
+                encoded note, which is returned as it is.
             index: position of the note, named in errors.
 
         Raises:
             NoteError: not a note, a field of the wrong type, or neither text nor image.
         """
+        if isinstance(note, EncodedNote):
+            return note
         fields = _as_mapping(note, index)
         texts = {name: _field_text(fields.get(name), name, index) for name in TEXT_FIELDS}
         image = _image_reference(fields.get("image"), index)
@@ -320,6 +400,8 @@ class NoteLLM2Processor(ProcessorMixin):
         has_images = "image_processor" in settings
         image_processor = _load_image_processor(pretrained_model_name_or_path if has_images else None, **hub)
         saved = {name: settings[name] for name in cls.settings if name in settings}
+        if is_template_name(overrides.get("template", "")):
+            saved.pop("text_template", None)  # a name is for both
         return cls(image_processor, tokenizer, **{**saved, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -402,6 +484,10 @@ class NoteLLM2Processor(ProcessorMixin):
             ) from error
 
 
+def _template_words(template: str, prompt: Prompt, language: Language) -> str:
+    return prompt_template(prompt, language, template) if is_template_name(template) else template
+
+
 def _template_parts(template: str) -> list[str]:
     fields = "|".join(rf"\{{{name}\}}" for name in TEXT_FIELDS)
     return [part for part in re.split(f"({IMAGE_EMBEDDING_TOKEN}|{IMAGE_TOKEN}|{fields})", template) if part]
@@ -418,6 +504,11 @@ def _check_template(name: str, template: str) -> None:
         raise ValueError(f"{name}={template!r}: put {IMAGE_TOKEN} first, then {IMAGE_EMBEDDING_TOKEN}, then the text.")
     if not parts or parts[-1] in order:
         raise ValueError(f"{name}={template!r} must end in its own words: the last token is what the model reads.")
+    if not order:
+        raise ValueError(
+            f"{name}={template!r} is unknown, and holds nothing of a note: choose one of {get_args(Template)}, or give "
+            "words with {title}, {topics} and {content} in them."
+        )
 
 
 def _shown(value: Any) -> str:
@@ -455,18 +546,33 @@ def _field_text(value: Any, field: str, index: int) -> str:
     return " ".join(value.encode("utf-8", "replace").decode("utf-8").split())
 
 
-def _image_reference(value: Any, index: int) -> Any:
-    """Check an image's kind without decoding it. An empty path, like None, is no image."""
+def has_image(note: Mapping[str, Any]) -> bool:
+    """Whether a note's `image` is filled, readable or not. An empty path, like None, is no image.
+
+    >>> has_image({"image": "vase.jpg"}), has_image({"image": ""}), has_image({"title": "Vase"})
+    (True, False, False)
+    """
+    return _image_value(note.get("image")) is not None
+
+
+def _image_value(value: Any) -> Any:
     if isinstance(value, Mapping):  # an undecoded image of `datasets`
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    if value is None or (isinstance(value, str) and not value):
+    return None if isinstance(value, str) and not value else value
+
+
+def _image_reference(value: Any, index: int) -> Any:
+    """Check an image's kind without decoding it; None where there is none."""
+    value = _image_value(value)
+    if value is None:
         return None
     if isinstance(value, str | os.PathLike):
         if "://" in str(value):
             raise NoteError(f"notes[{index}].image is the address {_shown(value)}: download it and pass a path.")
         if not os.path.isfile(value):
             raise NoteError(
-                f"notes[{index}].image: no file {_shown(value)}. Give an existing path, or None for no image."
+                f"notes[{index}].image: no file {_shown(value)}. Give an existing path, or leave the "
+                "image out (None, an empty cell)."
             )
         return value
     if isinstance(value, np.ndarray) and value.dtype != np.uint8:
@@ -559,4 +665,12 @@ def _without_prefix_space(component: dict[str, Any] | None) -> dict[str, Any] | 
 
 NoteLLM2Processor.register_for_auto_class()
 
-__all__ = ["EncodedNote", "NoteError", "NoteLLM2Processor", "extend_tokenizer", "prompt_template", "read_image"]
+__all__ = [
+    "EncodedNote",
+    "NoteError",
+    "NoteLLM2Processor",
+    "extend_tokenizer",
+    "has_image",
+    "prompt_template",
+    "read_image",
+]

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 
+PROCESSOR_IMAGES = 4
+"""Images that go through a frozen tower at a time on a processor: their feature maps then stay in its caches."""
+
 
 class VisionFeatures(NamedTuple):
     """What the rest of the model reads from N images.
@@ -60,12 +63,24 @@ class VisionTower(nn.Module):
             pixel_attention_mask: (N, P), 1 where a patch is real; variable resolution only.
             spatial_shapes: (N, 2), rows and columns of patches; variable resolution only.
         """
-        inputs: dict[str, Tensor | None] = {"pixel_values": pixel_values.to(dtype=self.model.dtype)}
-        if pixel_attention_mask is not None:
+        inputs: dict[str, Tensor] = {"pixel_values": pixel_values.to(dtype=self.model.dtype)}
+        if pixel_attention_mask is not None and spatial_shapes is not None:
             inputs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            output = self.model(**inputs)
-            return self._reduce(output, pixel_values, pixel_attention_mask)
+            if not self.freeze or pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
+                return self._encode(**inputs)
+            parts = zip(*(value.split(PROCESSOR_IMAGES) for value in inputs.values()), strict=True)
+            outputs = [self._encode(**dict(zip(inputs, part, strict=True))) for part in parts]
+        masks = [output.patch_attention_mask for output in outputs if output.patch_attention_mask is not None]
+        return VisionFeatures(
+            torch.cat([output.patch_embeds for output in outputs]),
+            torch.cat([output.pooled_embeds for output in outputs]),
+            torch.cat(masks) if masks else None,
+        )
+
+    def _encode(self, pixel_values: Tensor, **inputs: Tensor) -> VisionFeatures:
+        output = self.model(pixel_values=pixel_values, **inputs)
+        return self._reduce(output, pixel_values, inputs.get("pixel_attention_mask"))
 
     def _reduce(self, output: object, pixel_values: Tensor, pixel_attention_mask: Tensor | None) -> VisionFeatures:
         states: Tensor = output.last_hidden_state  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.fingerprint import generate_random_fingerprint
 
 
 def to_arrow(dataset: Dataset) -> pa.Table:
@@ -41,7 +42,8 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
         if source.suffix not in _READERS:
             raise ValueError(f"{path}: unknown kind of table {source.suffix!r}; use one of {', '.join(_READERS)}.")
         try:
-            return Dataset(_READERS[source.suffix](source, text_columns))
+            # Without a fingerprint given, datasets would copy all rows into memory to hash them.
+            return Dataset(_READERS[source.suffix](source, text_columns), fingerprint=generate_random_fingerprint())
         except pa.ArrowInvalid as error:
             raise ValueError(
                 f"{path}: not a readable {source.suffix} table ({error}); repair or convert it."
@@ -99,6 +101,13 @@ def refuse_unwritable(path: str | Path) -> None:
         raise ValueError(f"{path}: a single file is written to this machine; give a path, or a URL without an ending.")
     if Path(path).suffix not in _WRITERS:
         raise ValueError(f"{path}: unknown kind of table {Path(path).suffix!r}; use one of {', '.join(_WRITERS)}.")
+
+
+def refuse_taken(folder: str | Path) -> None:
+    """Raises FileExistsError where a new folder cannot be written: something is there, other than an empty folder."""
+    place = Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise FileExistsError(f"folder={str(folder)!r} exists: give another name, or delete it first.")
 
 
 def _may_be_hub_id(path: str | Path) -> bool:

@@ -12,17 +12,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import combinations, islice, pairwise
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pairs.tables import is_url
-
-try:
-    import imagehash
-except ImportError as error:
-    raise ImportError('perceptual hashes need imagehash: pip install "notellm2[scan]".') from error
 
 HASH_BITS = 64
 MAX_DISTANCE = 10  # beyond it different pictures are "alike", and the blocks are too short to find them quickly
@@ -71,9 +67,22 @@ def perceptual_hash(picture: Image.Image) -> int:
 
     It sees shapes and no colours: two products of one shape, photographed on white, may have nearly the same hash, and
     pictures of one plain colour have, whichever the colour.
+
+    Raises:
+        ImportError: imagehash is not installed.
     """
-    bits = imagehash.phash(picture).hash
+    bits = _imagehash().phash(picture).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _imagehash() -> ModuleType:
+    try:
+        import imagehash
+    except ImportError as error:
+        raise ImportError(
+            "perceptual hashes need imagehash: pip install 'notellm2[scan]', or -e '.[scan]' in a checkout."
+        ) from error
+    return imagehash
 
 
 def check_image(source: str | bytes) -> CheckedImage:
@@ -81,7 +90,11 @@ def check_image(source: str | bytes) -> CheckedImage:
 
     Args:
         source: path or content of an image file.
+
+    Raises:
+        ImportError: imagehash is not installed.
     """
+    _imagehash()  # below, its absence would pass for a fault of the image
     if isinstance(source, str) and is_url(source):
         return CheckedImage(None, "url", f"{source} is a URL")
     if isinstance(source, str) and not os.path.isfile(source):
@@ -109,9 +122,11 @@ def check_images(sources: Iterable[str | bytes], workers: int) -> Iterator[Check
 
     Raises:
         ValueError: workers is below 1.
+        ImportError: imagehash is not installed.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: give 1 or more.")
+    _imagehash()  # before there are processes
     remaining = iter(sources)
     pool = ProcessPoolExecutor(workers)
     try:

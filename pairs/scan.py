@@ -97,6 +97,7 @@ def scan_notes(
 
     Raises:
         ValueError: max_distance or workers is out of its range.
+        ImportError: imagehash is not installed.
     """
     first_lookalikes(np.empty(0, np.uint64), max_distance)  # refuses a bad distance now, not after all the decoding
     table = to_arrow(notes)
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             max_distance=args.max_distance,
             workers=args.workers,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     scan.write(args.output)
     sys.stdout.write(_text_table(scan))

@@ -68,7 +68,19 @@ def read_notes(path: str | Path) -> Dataset:
         FileNotFoundError: no such table.
         ValueError: no column of note ids, or a column of a wrong type.
     """
-    dataset = read_table(path, NOTE_COLUMNS)
+    return to_notes(read_table(path, NOTE_COLUMNS), path)
+
+
+def to_notes(dataset: Dataset, path: str | Path) -> Dataset:
+    """Brings rows of a table, all or some of them, into the form that `read_notes` gives them.
+
+    Args:
+        dataset: the rows.
+        path: where the table is: its folder is what relative image paths are taken from.
+
+    Raises:
+        ValueError: no column of note ids, or a column of a wrong type.
+    """
     table = to_arrow(dataset)
     features = dict(dataset.features)
     columns: dict[str, pa.ChunkedArray] = {"note_id": _id_texts(table, "note_id", path)}
@@ -96,24 +108,25 @@ def load_pairs(path: str | Path) -> Dataset:
     """Loads related pairs.
 
     Args:
-        path: what `pairs.files.read_table` takes.
+        path: what `pairs.files.read_table` takes. Only `note_id` and `related_note_id` must be there.
 
     Returns:
-        note_id (string), related_note_id (string), score (float64), rank (int32, 1 = most related).
+        note_id (string), related_note_id (string), score (float64; null where the table has none), rank (int32, 1 =
+        most related; without that column, where the row stands among the rows of its note).
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: a missing column, an empty id, a score or rank that is no number, or a note related to itself.
+        ValueError: a missing column, an empty id or rank, a score or rank that is no number, or a note related to
+            itself.
     """
-    table = to_arrow(read_table(path, ("note_id", "related_note_id")))
-    columns = {name: _ids(table, name, path) for name in ("note_id", "related_note_id")}
-    for name, kind in (("score", pa.float64()), ("rank", pa.int32())):
-        column = _required(table, name, path)
-        try:
-            columns[name] = column.cast(kind)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ValueError(f"{path}: column {name!r} is not {kind} ({error}); rebuild the pairs.") from error
-        _refuse_rows(pc.is_null(column), name, path, "is empty; rebuild the pairs")
+    ids = ("note_id", "related_note_id")
+    table = to_arrow(read_table(path, ids))
+    _refuse_missing(table, ids, path)
+    columns = {name: _ids(table, name, path) for name in ids}
+    columns["score"] = _numbers(table, "score", pa.float64(), path)
+    has_ranks = "rank" in table.column_names
+    columns["rank"] = _numbers(table, "rank", pa.int32(), path) if has_ranks else _places(columns["note_id"])
+    _refuse_rows(pc.is_null(columns["rank"]), "rank", path, "is empty; fill it in or leave the column out")
     _refuse_rows(pc.less(columns["rank"], 1), "rank", path, "is below 1; ranks count from 1")
     itself = pc.equal(columns["note_id"], columns["related_note_id"])
     _refuse_rows(itself, "related_note_id", path, "is the note itself; remove the row")
@@ -196,7 +209,7 @@ def pair_positions(
         row = table.filter(pc.invert(found)).slice(0, 1).to_pylist()[0]
         raise ValueError(
             f"pairs: ({row['note_id']!r}, {row['related_note_id']!r}) has a note outside the {len(note_ids)} notes"
-            " given; load the notes that these pairs were built on, or pass missing='drop'."
+            " given; give the notes that these pairs were built on, or leave such pairs out of the table."
         )
     anchor, other, rank = (
         column.filter(found).to_numpy().astype(np.int64) for column in (anchors, related, table["rank"])
@@ -209,10 +222,32 @@ def is_url(reference: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", reference) is not None
 
 
-def _required(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
+def _refuse_missing(table: pa.Table, names: Iterable[str], path: str | Path) -> None:
+    missing = " and no column ".join(repr(name) for name in names if name not in table.column_names)
+    if missing:
+        raise ValueError(f"{path}: no column {missing}, only {table.column_names}; add or rename it.")
+
+
+def _numbers(table: pa.Table, name: str, kind: pa.DataType, path: str | Path) -> pa.ChunkedArray:
+    """A column as numbers, null where there is none."""
     if name not in table.column_names:
-        raise ValueError(f"{path}: no column {name!r}, only {table.column_names}; add or rename it.")
-    return table[name]
+        return pa.chunked_array([pa.nulls(len(table), kind)])
+    try:
+        return table[name].cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{path}: column {name!r} is not {kind} ({error}); make it numbers or leave it out."
+        ) from error
+
+
+def _places(note_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where each row stands among the rows of its note, from 1, as int32."""
+    notes = pc.index_in(note_ids, value_set=pc.unique(note_ids)).to_numpy()
+    order = np.argsort(notes, kind="stable")
+    sizes = np.bincount(notes)
+    places = np.empty(len(notes), np.int32)
+    places[order] = np.arange(len(notes)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + 1
+    return pa.chunked_array([places])
 
 
 def _refuse_rows(bad: pa.ChunkedArray, name: str, path: str | Path, complaint: str) -> None:
@@ -229,7 +264,8 @@ def _ids(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
 
 def _id_texts(table: pa.Table, name: str, path: str | Path) -> pa.ChunkedArray:
     """A column of ids as text, "" where there is none."""
-    column = _required(table, name, path)
+    _refuse_missing(table, [name], path)
+    column = table[name]
     if not (_is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
         raise ValueError(f"{path}: column {name!r} is {column.type}; ids are strings or integers.")
     return pc.fill_null(column.cast(pa.string()), "")

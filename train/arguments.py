@@ -146,13 +146,20 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             "(default: learning_rate)."
         },
     )
+    head_warmup_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the head's warm-up, which decays to zero (default: head_learning_rate). May be "
+            "higher than that of the training after it, whose batches hold fewer negatives."
+        },
+    )
     head_warmup_steps: int = field(
         default=0,
         metadata={
             "help": "Steps in which only what comes after the LLM trains, before everything does, at "
-            "head_learning_rate (try 1e-3) and on 64 pairs each: the backbones run once over 16,384 training notes at "
-            "most. A hundred or two for a pretrained LLM; 0: none (the paper). warmup_steps is another thing: it "
-            "belongs to the schedule of the learning rate."
+            "head_warmup_learning_rate (try 1e-3) and on 64 pairs each: the backbones run once over 16,384 training "
+            "notes at most. A hundred or two for a pretrained LLM; 0: none (the paper). warmup_steps is another thing: "
+            "it belongs to the schedule of the learning rate."
         },
     )
     batches: BatchKind = field(
@@ -276,10 +283,10 @@ class NoteLLM2TrainingArguments(TrainingArguments):
             raise ValueError(f"visual_loss_weight={self.visual_loss_weight} must not be negative (the paper: 1/9).")
         if self.head_warmup_steps < 0:
             raise ValueError(f"head_warmup_steps={self.head_warmup_steps} must not be negative (0: no warm-up).")
-        if self.head_warmup_steps and self.head_learning_rate is None:
+        if self.head_warmup_steps and self.head_learning_rate is None and self.head_warmup_learning_rate is None:
             raise ValueError(
                 f"head_warmup_steps={self.head_warmup_steps} without head_learning_rate: the LLM's rate is too "
-                "small for a head; set head_learning_rate, for instance to 1e-3."
+                "small for a head; set head_warmup_learning_rate, for instance to 1e-3."
             )
         for name, least in (
             ("mini_batch_size", 1),

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from modeling_notellm2 import NoteError, NoteLLM2Processor
-from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, EncodedNote
+from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, EncodedNote, has_image, read_image
 from pairs.files import to_arrow
 from train.batches import BatchPlan, BatchPlanner
 from train.features import VisionFeatureTable
@@ -199,28 +199,19 @@ class NoteReader:
             logger.warning("note_id %r: %s; %s", self.notes[row].get("note_id"), error, loss)
 
 
-def without_bad_images(
-    notes: Sequence[Mapping[str, Any]], processor: NoteLLM2Processor
-) -> tuple[list[Mapping[str, Any]], int]:
-    """The notes, those whose image cannot be read without it, and how many these are.
+def without_bad_images(notes: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, NoteError]]:
+    """Try all images, and give the notes with those that can be read, and what is wrong with the others, by row.
 
-    One that has no text either keeps its place as an empty one: a note must not drop out of an evaluation.
-
-    Raises:
-        NoteError: a fault of another field.
+    Every note keeps its place, also one of which nothing is left: none must drop out of an evaluation.
     """
-    result, bad = [], 0
+    result, bad = [], {}
     for row, note in enumerate(tqdm(notes, desc="images", unit="note")):
         try:
-            processor.load_image(processor.encode_note(note, row))
-        except NoteError:
-            if note.get("image") is None:
-                raise
-            has_text = any(note.get(name) for name in TEXT_FIELDS)
-            note = {**note, "image": None} if has_text else {**note, "image": None, "content": "-"}
-            processor.encode_note(note, row)
-            bad += 1
-        result.append(note)
+            if has_image(note):
+                read_image(note["image"], row)
+        except NoteError as error:
+            bad[row] = error
+        result.append({**note, "image": None} if row in bad else dict(note))
     return result, bad
 
 

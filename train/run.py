@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
+from evaluation.metrics import metric_names
 from evaluation.report import ReportRow, collect_facts, text_table, write_report
 from evaluation.run import evaluate_baselines, evaluate_model
 from hub.compose import CompositionArguments, compose
@@ -50,7 +51,9 @@ Saved to {folder}. Use it:
     model = AutoModel.from_pretrained("{folder}")
     embeddings = model.encode([{{"title": "…", "topics": ["…"], "content": "…", "image": "picture.jpg"}}])
 
-{verify}Watch the curves:                 tensorboard --logdir {folder}
+{verify}Compare it with cheaper ones:
+    python -m evaluation.run --model {folder} --splits {data} --output {folder}/compared
+Watch the curves:                 tensorboard --logdir {folder}
 Training pairs and test notes are in {data}, the table above is in {folder}/report.
 """
 
@@ -112,7 +115,7 @@ def tiny_composition(
     composition: CompositionArguments, notes: Table, folder: Path, state: PartialState
 ) -> CompositionArguments:
     """The same composition on tiny backbones, with a tokenizer trained on `notes` in their prompt."""
-    template = prompt_template("micl", composition.language)
+    template = prompt_template("micl", composition.language, composition.template)
     texts = [
         template.replace("{title}", note["title"])
         .replace("{topics}", ", ".join(note["topics"]))
@@ -238,10 +241,10 @@ def train(
     if state.is_main_process:
         notes, ks = list(test.notes), training.eval_ks
         if training.bad_images != "raise" and model.config.has_vision:
-            notes, num_bad = without_bad_images(notes, model.processor)
-            if num_bad:
+            notes, bad = without_bad_images(notes)
+            if bad:
                 logger.warning(
-                    "%d test notes have an image that cannot be read: their text alone is measured.", num_bad
+                    "%d test notes have an image that cannot be read: their text alone is measured.", len(bad)
                 )
         logger.info("Measuring baselines on %d test notes", len(notes))
         rows += evaluate_baselines(notes, test_related, ["chance", "bm25"], ks=ks)
@@ -257,6 +260,7 @@ def train(
                 ks=ks,
                 batch_size=batch_size,
                 vision_features=features["test"],
+                composition=asdict(composition),
             )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
@@ -280,6 +284,8 @@ def train(
         raise UserError(f"{error} (bad_images={training.bad_images})") from error
     trainer.save_model()
     trainer.save_state()
+    # Of the model that is delivered, which need not be the last one that was validated.
+    validation = trainer.evaluate() if any(map(len, related_of(splits["validation"]))) else {}
 
     unset_hf_deepspeed_config()  # training has set it again, and now one process loads a model
     if state.is_main_process:
@@ -295,9 +301,11 @@ def train(
             ks=ks,
             batch_size=batch_size,
             vision_features=features["test"],
+            composition=asdict(composition),
         )
         facts = collect_facts(
             test_notes=len(notes),
+            test_queries=sum(map(bool, map(len, test_related))),
             train_notes=len(splits["train"].notes),
             train_pairs=len(train_dataset),
             head_warmup_steps=training.head_warmup_steps,
@@ -307,6 +315,11 @@ def train(
             temperature=round(saved.temperature, 4),
             seed=training.seed,
             threads=torch.get_num_threads(),
+            **{
+                f"validation_{metric}": round(validation[f"eval_{metric}"], 4)
+                for metric in metric_names(ks)
+                if f"eval_{metric}" in validation
+            },
         )
         write_report(folder / "report", rows, facts)
     return rows

@@ -121,6 +121,12 @@ class NoteLLM2Trainer(Trainer):
         eval_related: Sequence[np.ndarray] | None = None,
         **kwargs: Any,
     ) -> None:
+        standardizer = model.note_standardizer
+        if standardizer is not None and not standardizer.is_fitted and not args.head_warmup_steps:
+            raise ValueError(
+                "standardize_states=True with head_warmup_steps=0: the warm-up measures the LLM's states; give it a "
+                "step or more."
+            )
         if args.head_warmup_steps and model.config.embedding_dim is None and model.late_fusion is None:
             raise ValueError(
                 f"head_warmup_steps={args.head_warmup_steps}: the model has neither a head (embedding_dim) nor late "
@@ -233,12 +239,15 @@ class NoteLLM2Trainer(Trainer):
                 "a run of its own without FSDP and DeepSpeed, then go on from its checkpoint with head_warmup_steps=0."
             )
         assert self.reader is not None and isinstance(self.train_dataset, PairDataset)
+        groups = [group for group in self.parameter_groups(self.model) if group["part"] == "head"]
+        if self.args.head_warmup_learning_rate is not None:
+            groups = [group | {"lr": self.args.head_warmup_learning_rate} for group in groups]
         # Every process does the same: the result is the same, and none could go on without it.
         loss = warm_up_head(
             self.model,
             self.reader,
             self.train_dataset.pairs,
-            [group for group in self.parameter_groups(self.model) if group["part"] == "head"],
+            groups,
             steps=self.args.head_warmup_steps,
             visual_loss_weight=self.args.visual_loss_weight,
             seed=self.args.seed,
@@ -251,6 +260,7 @@ class NoteLLM2Trainer(Trainer):
         if self.args.load_best_model_at_end:
             # A candidate for the best model, too, although `Trainer` saves none before the first step.
             metric = self.evaluate()[self._best_metric_name]
+            logger.info("After the warm-up: %s %.4f", self._best_metric_name, metric)
             if self.is_world_process_zero():
                 Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
                 trained = {name: p.detach().contiguous() for name, p in self._trained_parameters().items()}

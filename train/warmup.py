@@ -46,6 +46,9 @@ def warm_up_head(
 ) -> float:
     """Train the parameters of `groups` with AdamW, at a rate that decays to zero by a cosine, on the loss of training.
 
+    A model with `config.standardize_states` measures the states first, those of `MAX_NOTES` at most; one that has done
+    so keeps what its head has learned to read.
+
     Args:
         model: the model; its gate, projection, head and temperature are what `groups` may hold.
         reader: reads the training notes.
@@ -63,7 +66,8 @@ def warm_up_head(
         The mean loss of the last tenth of the steps.
 
     Raises:
-        ValueError: no pair is left, as no image can be read.
+        ValueError: no pair is left, as no image can be read; the states of all notes are equal, and are to be
+            standardized.
     """
     generator = torch.Generator().manual_seed(seed)
     notes, chosen = _choose_pairs(torch.from_numpy(pairs), generator)
@@ -71,6 +75,8 @@ def warm_up_head(
     chosen = chosen[table.kept[chosen].all(1)]
     if not len(chosen):
         raise ValueError("no pair is left to warm up on: no image of the training notes can be read.")
+    if model.note_standardizer is not None and not model.note_standardizer.is_fitted:
+        model.fit_standardizers(table.select(notes[table.kept[notes]]))
     related = RelatedNotes(pairs, len(reader.notes))
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

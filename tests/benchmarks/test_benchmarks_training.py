@@ -38,6 +38,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "qformer_layers": 1,
         "qformer_hidden_size": 64,
         "llm_tuning": "lora",
+        "standardize_states": True,  # as configs/rooms.yaml
         "use_cpu": True,
         "output_dir": str(folder / "run"),
     }
@@ -105,6 +106,11 @@ def test_products_are_counted_forward_and_backward():
     with FlopCounter() as counter:
         (left @ right).sum().backward()
     assert counter.total == 3 * 2 * 3 * 4 * 5
+
+
+def test_recall_is_of_standardized_states_where_the_recipe_says_so(recipe: tuple[Path, Path]):
+    study = graph_batches.Study(str(recipe[0]), [], str(recipe[1]))
+    assert study.model.note_standardizer is not None and study.model.note_standardizer.is_fitted
 
 
 def test_recall_by_encoded_notes(recipe: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):

@@ -1,5 +1,6 @@
 """The registry: each baseline asks for what it needs, gets it once, and gives the scores that its parts give."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,10 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csr_array
 
 from evaluation import baselines
-from evaluation.baselines import BASELINES, BaselineInputs, NotesAndRelated, baseline_scores, check_baselines
+from evaluation.baselines import (
+    BASELINES,
+    BaselineInputs,
+    NotesAndRelated,
+    baseline_scores,
+    check_baselines,
+    clock_name,
+    timed,
+)
 from evaluation.collaborative import item_cf_scores, popularity_scores
 from evaluation.encoders import normalized
 from evaluation.head import HeadSettings
@@ -48,6 +58,7 @@ class FakeEncoder:
 
     def __init__(self, name: str, field: str, place: int, width: int, shared: float = 0.0) -> None:
         self.name, self.field, self.place, self.width, self.shared = name, field, place, width, shared
+        self.num_parameters = 10**place
 
     def __call__(self, notes: Sequence[Mapping[str, Any]]) -> np.ndarray:
         FakeEncoder.made.append((self.name, notes[0]["note_id"]))
@@ -59,17 +70,18 @@ class FakeEncoder:
 
 
 class FakeDualEncoder:
-    def __init__(self, path: str, batch_size: int) -> None:
+    def __init__(self, path: str, batch_size: int, dtype: torch.dtype) -> None:
         self.texts, self.images = FakeEncoder("clip-text", "title", 1, 8), FakeEncoder("clip-image", "image", 1, 8)
+        self.num_parameters = 10
 
 
 @pytest.fixture
 def inputs(monkeypatch: pytest.MonkeyPatch) -> BaselineInputs:
     FakeEncoder.made = []
-    monkeypatch.setattr(baselines, "TextEncoder", lambda path, batch_size: FakeEncoder("text", "title", 0, 6))
-    monkeypatch.setattr(baselines, "ImageEncoder", lambda path, batch_size: FakeEncoder("image", "image", 2, 7))
+    monkeypatch.setattr(baselines, "TextEncoder", lambda *_: FakeEncoder("text", "title", 0, 6))
+    monkeypatch.setattr(baselines, "ImageEncoder", lambda *_: FakeEncoder("image", "image", 2, 7))
     monkeypatch.setattr(baselines, "DualEncoder", FakeDualEncoder)
-    monkeypatch.setattr(baselines, "LLMEncoder", lambda path, language, size: FakeEncoder("llm", "title", 3, 8, 40.0))
+    monkeypatch.setattr(baselines, "LLMEncoder", lambda *_: FakeEncoder("llm", "title", 3, 8, 40.0))
     notes, train, validation = make_notes(60, 0), make_notes(90, 1), make_notes(50, 2)
     viewed = np.random.default_rng(3).random((60, 20)) < 0.2
     return BaselineInputs(
@@ -88,7 +100,8 @@ def inputs(monkeypatch: pytest.MonkeyPatch) -> BaselineInputs:
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_gives_finite_scores_of_all_notes(name: str, inputs: BaselineInputs) -> None:
     inputs.head = SHORT
-    modality, scores, details = baseline_scores(name, inputs)
+    modality, scores, details, cost = baseline_scores(name, inputs)
+    assert cost["made_of"] and 0 <= cost[baselines.clock_name()] < 60 and cost["notes"] == 60
     if isinstance(scores, np.ndarray):
         assert scores.shape[0] == 60
         scores = scores @ scores.T
@@ -103,6 +116,37 @@ def test_every_baseline_gives_finite_scores_of_all_notes(name: str, inputs: Base
     # What does not stand in `needs` is not needed.
     fields = {field: getattr(inputs, field) for field in BASELINES[name].needs}
     baseline_scores(name, BaselineInputs(inputs.notes, head=SHORT, **fields))
+
+
+def test_costs_are_those_of_the_parts(inputs: BaselineInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs.head, inputs.text_encoder = SHORT, "org/encoder"
+    clock = iter(range(1000))
+    monkeypatch.setattr(baselines, "clock_name", lambda: "cpu_seconds")
+    monkeypatch.setattr(baselines.time, "process_time", lambda: float(next(clock)))  # whatever is timed takes a second
+    costs = {name: baseline_scores(name, inputs).cost for name in BASELINES}
+    one = {"cpu_seconds": 1, "notes": 60}
+    assert costs["bm25"] == {"made_of": "words", **one}
+    assert costs["item-cf"] == {"made_of": "views in training", **one}
+    assert costs["frozen-text"] == {"made_of": "text encoder org/encoder", "parameters": 1, **one}
+    assert costs["clip-text"] == {"made_of": "dual encoder c", "parameters": 10, **one}
+    shared = costs["clip-sum"].pop("shared_with")  # one model, two passes
+    assert costs["clip-sum"] == {"made_of": "dual encoder c", "parameters": 10, "cpu_seconds": 2, "notes": 60}
+    head = costs["head-both"]
+    assert head["made_of"] == "head on text encoder org/encoder, tower v" and head["cpu_seconds"] == 3
+    assert shared == ["clip-image", "clip-text"] and head["shared_with"] == ["frozen-image", "frozen-text"]
+    assert "shared_with" not in costs["clip-image"] | costs["zero-shot-llm"] | costs["bm25"]
+    hidden, width = SHORT.hidden_dim, SHORT.embedding_dim
+    assert head["parameters"] == 1 + 100 + (13 * hidden + hidden) + (hidden * width + width)
+    # Each kind was encoded once a split, though several baselines asked.
+    assert len(FakeEncoder.made) == len(set(FakeEncoder.made))
+
+
+@pytest.mark.parametrize(("has_gpu", "clock"), [(True, "seconds"), (False, "cpu_seconds")])
+def test_what_a_gpu_does_is_timed_by_the_clock(has_gpu: bool, clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes on while the process sleeps; the time of processors does not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    _, seconds = timed(lambda: time.sleep(0.2))
+    assert clock_name() == clock and (seconds > 0.19) == has_gpu
 
 
 def test_scores_are_those_of_the_parts(inputs: BaselineInputs) -> None:
@@ -162,7 +206,7 @@ def test_sides_have_the_same_spread_in_a_head(inputs: BaselineInputs, monkeypatc
 
     def keep(features: np.ndarray, *arguments: Any) -> Any:
         seen.append(features)
-        return SimpleNamespace(encode=lambda features: features)
+        return SimpleNamespace(encode=lambda features: features, parameters=list)
 
     monkeypatch.setattr(baselines, "train_head", keep)
     baseline_scores("head-llm-both", inputs)

@@ -10,6 +10,8 @@ import torch
 from tokenizers import processors
 from transformers import (
     AutoModel,
+    BartConfig,
+    BertConfig,
     CLIPConfig,
     CLIPImageProcessor,
     PreTrainedConfig,
@@ -17,14 +19,26 @@ from transformers import (
     Siglip2ImageProcessor,
     SiglipConfig,
     SiglipImageProcessor,
+    T5Config,
 )
 
-from evaluation.encoders import DualEncoder, ImageEncoder, LLMEncoder, TextEncoder, normalized
+from evaluation.encoders import (
+    DualEncoder,
+    ImageEncoder,
+    LLMEncoder,
+    TextEncoder,
+    check_clip,
+    check_llm,
+    check_tower,
+    count_parameters,
+    normalized,
+)
 from evaluation.lexical import note_text
 from hub.tiny_backbones import save_random_model
 from modeling_notellm2 import NoteLLM2Model
 from tests.backbones import (
     IMAGE_SIZE,
+    LLMS,
     NUM_PATCHES,
     PATCH_SIZE,
     byte_level_tokenizer,
@@ -59,6 +73,60 @@ def test_text_encoder_is_a_sentence_transformer(tmp_path: Path, llm_folder: Call
     np.testing.assert_allclose(embeds[[0, 2]], normalized(by_hand), atol=1e-5)
     with pytest.raises(ValueError, match="No note has a text"):
         encoder([{"image": "x.jpg"}])
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "clip_dual", "timm_cnn"])
+def test_a_tower_is_no_llm(name: str, tower_folder: Callable[[str], Path]) -> None:
+    folder = str(tower_folder(name))
+    for check in (check_llm, LLMEncoder):
+        with pytest.raises(
+            ValueError, match=f"llm={folder!r} is a '.*', no decoder LLM: give one .* belongs to vision"
+        ):
+            check(folder)
+    check_tower(folder)  # control; a dual encoder has a tower
+
+
+def test_an_llm_is_no_tower(llm_folder: Callable[[str], Path], multimodal_llm_folder: Callable[[str], Path]) -> None:
+    folder = str(llm_folder("llama"))
+    for check in (check_tower, ImageEncoder):
+        with pytest.raises(ValueError, match=f"vision={folder!r} is a 'llama', no vision tower: .* belongs to llm"):
+            check(folder)
+    for name in LLMS:
+        check_llm(str(llm_folder(name)))  # control
+    whole = str(multimodal_llm_folder("qwen2_vl"))
+    check_llm(whole)
+    with pytest.raises(ValueError, match="is a 'qwen2_vl', whose tower does not load without the rest of it"):
+        check_tower(whole)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+        BartConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1),
+        T5Config(vocab_size=50, d_model=16, num_layers=1, num_heads=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_encoders_and_encoder_decoders_are_no_llms(config: PreTrainedConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"is a {config.model_type!r}, no decoder LLM: .* a sentence encoder to text_encoder"
+    ):
+        check_llm(str(tmp_path))
+
+
+def test_neither_is_a_dual_encoder(tower_folder: Callable[[str], Path], llm_folder: Callable[[str], Path]) -> None:
+    for kind, folder in (("clip_vision_model", tower_folder("clip")), ("llama", llm_folder("llama"))):
+        for check in (check_clip, DualEncoder):
+            with pytest.raises(ValueError, match=f"clip={str(folder)!r} is a {kind!r} without get_text_features: give"):
+                check(str(folder))
+    check_clip(str(tower_folder("clip_dual")))  # control
+
+
+def test_parameters_are_counted_once() -> None:
+    layer = torch.nn.Linear(3, 2)
+    assert count_parameters(torch.nn.ModuleList([layer, layer, torch.nn.BatchNorm1d(4)])) == 3 * 2 + 2 + 2 * 4
 
 
 def test_image_features_do_not_depend_on_the_batch_and_are_zero_without_image(
@@ -149,11 +217,6 @@ def test_dual_encoders_give_what_their_own_forward_gives(name: str, tmp_path: Pa
         assert np.abs(texts[position] - shorter.text_embeds[0].numpy()).max() > 1e-3  # the control: another text
 
 
-def test_what_is_no_dual_encoder_is_refused(llm_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match=r"clip='.*' is a llama without get_text_features: give a dual encoder"):
-        DualEncoder(str(llm_folder("llama")))
-
-
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_llm_gives_the_last_state_of_the_prompt(language: Any, llm_folder: Callable[[str], Path]) -> None:
     notes: list[dict[str, Any]] = [
@@ -178,3 +241,22 @@ def test_the_llm_gives_the_last_state_of_the_prompt(language: Any, llm_folder: C
     assert isinstance(encoder.model, NoteLLM2Model)
     with pytest.raises(ValueError, match="No note has a text"):
         encoder(notes[1:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_encoders_in_half_precision(
+    dtype: torch.dtype, llm_folder: Callable[[str], Path], tower_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    notes = [{"title": f"note {i} " * (1 + i % 3), "image": random_picture(i)} for i in range(4)]
+    dual = save_dual_encoder("clip", tmp_path / "dual")
+    pairs = {
+        "llm": [LLMEncoder(str(llm_folder("llama")), dtype=kind) for kind in (torch.float32, dtype)],
+        "image": [ImageEncoder(str(tower_folder("clip")), dtype=kind) for kind in (torch.float32, dtype)],
+        "clip-text": [DualEncoder(dual, dtype=kind).texts for kind in (torch.float32, dtype)],
+        "clip-image": [DualEncoder(dual, dtype=kind).images for kind in (torch.float32, dtype)],
+    }
+    for name, (full, half) in pairs.items():
+        expected, found = full(notes), half(notes)  # type: ignore[operator]
+        assert found.dtype == np.float32
+        assert (expected * found).sum(axis=1).min() > 0.99, name
+        assert abs(expected - found).max() > 1e-5, name  # it was in half precision

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from evaluation.baselines import BaselineInputs
 from evaluation.lexical import bm25_scores, note_text, tfidf_scores, tokenize
 from evaluation.metrics import ScoreFunction
+from evaluation.protocols import make_task
+from evaluation.systems import baseline_systems, measure
 
 
 def test_note_text_takes_topics_as_list_or_string() -> None:
@@ -53,6 +56,40 @@ def test_tfidf_is_the_cosine_of_weighted_counts() -> None:
     scores = tfidf_scores(texts)(np.arange(30))
     np.testing.assert_allclose(scores, cosines(lambda word: math.log(31 / (1 + holding[word])) + 1), atol=1e-6)
     assert np.abs(scores - cosines(lambda word: 1.0)).max() > 0.01  # the control: plain counts
+
+
+@pytest.mark.parametrize(("name", "scores_of"), [("bm25", bm25_scores), ("tfidf", tfidf_scores)])
+def test_words_are_counted_over_queries_and_pool_in_the_papers_protocol(
+    name: str, scores_of: Callable[[Sequence[str]], ScoreFunction]
+) -> None:
+    """By brute force: the index of all test notes, of which the candidates are then ranked."""
+    rng = np.random.default_rng(1)
+    letters = list("abcdefghijkl")
+    odds = np.arange(1.0, 13.0) / 78
+    texts = []
+    for note in range(80):  # what is common among the queries, the first half, is rare in the pool
+        texts.append(" ".join(rng.choice(letters, size=rng.integers(3, 9), p=odds if note < 40 else odds[::-1])))
+    task = make_task("paper", np.stack([np.arange(40), rng.permutation(np.arange(40, 80))], axis=1), 80)
+    assert task.candidates is not None and task.candidates.sum() == 40
+    notes = [{"content": text} for text in texts]
+    (measured,) = measure(baseline_systems([name], BaselineInputs(notes)), task, (5,))
+
+    def ranks(counted: Callable[[int], list[int]]) -> list[int]:
+        found = []
+        for query, target in zip(measured.ranks.query.tolist(), measured.ranks.target.tolist(), strict=True):
+            among = counted(query)
+            row = scores_of([texts[note] for note in among])(np.array([among.index(query)]))[0]
+            scores = dict(zip(among, row.tolist(), strict=True))
+            ahead = [scores[n] > scores[target] for n in range(40, 80)]
+            ties = sum(scores[n] == scores[target] for n in range(40, 80)) - 1
+            found.append((1 + sum(ahead), 1 + sum(ahead) + ties))
+        return found
+
+    def are_right(bounds: list[tuple[int, int]]) -> bool:
+        return all(low <= rank <= high for (low, high), rank in zip(bounds, measured.ranks.rank.tolist(), strict=True))
+
+    assert are_right(ranks(lambda query: list(range(80))))
+    assert not are_right(ranks(lambda query: [query, *range(40, 80)]))  # control: of the pool, and of one query alone
 
 
 def test_tfidf_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Metrics: equal to a naive re-implementation that sorts, and loud about input that has no answer."""
 
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -219,6 +220,22 @@ def test_bad_scores_and_cuts_are_refused() -> None:
         retrieval_metrics(np.eye(2), related, ks=(0,))
     with pytest.raises(ValueError, match="chunk_size"):
         retrieval_metrics(np.eye(2), related, chunk_size=0)
+
+
+def test_arguments_of_another_kind_are_refused_by_name() -> None:
+    related = [np.array([1]), np.array([0])]
+    with pytest.raises(TypeError, match=r"score is a list: give an \(N, D\) NumPy array"):
+        retrieval_metrics([[1, 0], [0, 1]], related)  # type: ignore[arg-type]
+    for ks in (10, "10", (), (10.5,), (10, 10)):
+        with pytest.raises(ValueError, match=rf"ks must be distinct integers.*got {re.escape(repr(ks))}"):
+            retrieval_metrics(np.eye(2), related, ks=ks)  # type: ignore[arg-type]
+    for wrong in (["b"], ["0"], 0, "b", [0.0]):
+        for measured in (lambda pairs: retrieval_metrics(np.eye(2), pairs), chance_metrics):
+            with pytest.raises(
+                ValueError, match=rf"related\[1\] = {re.escape(repr(wrong))} is no list of.*not their ids"
+            ):
+                measured([[1], wrong])
+    assert retrieval_metrics(np.eye(2), [[1], []], ks=[1]) == retrieval_metrics(np.eye(2), [related[0], []], ks=(1,))
 
 
 def test_a_system_that_knows_nothing_does_as_chance_also_on_a_sorted_table() -> None:

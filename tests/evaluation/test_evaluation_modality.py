@@ -13,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation import modality
 from evaluation.lexical import note_text
 from evaluation.metrics import chance_metrics, rank_related, tie_order
 from evaluation.modality import (
     ALL_PAIRS,
     CONDITIONS,
+    MODALITIES,
     Reliance,
     Swap,
     asymmetric_scores,
@@ -29,11 +31,14 @@ from evaluation.modality import (
     reliance,
     reliance_tables,
     say_alone,
+    say_exchange,
     say_swap,
     say_use,
     with_fields_of_others,
     with_modality,
 )
+from evaluation.report import Percent
+from evaluation.significance import paired_test
 from modeling_notellm2 import NoteLLM2Model
 from tests.backbones import random_picture
 from train.features import VisionFeatureStore, VisionFeatureTable
@@ -145,10 +150,13 @@ def test_a_model_of_both_uses_both_and_each_alone_finds_part() -> None:
     assert found.metrics("text")["recall@20"] > 0.99
     assert found.blank_notes == {"both": 0, "text": 0, "image": 0}
     assert found.fusion_weights is None
-    use, alone, use_text, alone_text, swap, swap_text = found.conclusion
+    use, exchange, alone, use_text, exchange_text, alone_text, swap, swap_text = found.conclusion
     assert use.startswith("Without images recall@4 falls from 1.0000 to 0.") and use.endswith("uses its images.")
+    assert exchange.startswith("With other notes' images recall@4 falls from 1.0000 to 0.")
+    assert exchange.endswith("the model reads what they show.")
     assert alone.startswith("The image alone reaches") and alone.endswith("more than chance.")
     assert use_text.endswith("uses its text.") and alone_text.endswith("more than chance.")
+    assert exchange_text.endswith("the model reads what it says.")
     assert swap.endswith("neither more than the other.") and swap_text.endswith("neither more than the other.")
 
 
@@ -162,6 +170,45 @@ def test_embeddings_that_are_known_are_not_made_again() -> None:
     assert measure(model, embeds=embeds).metrics("text") != expected.metrics("text")  # control: they are used
 
 
+def test_ranks_that_are_known_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return rank_related(*arguments)
+
+    monkeypatch.setattr(modality, "rank_related", counted)
+    model = SignalModel(1.0, 1.0)
+    embeds = {name: encode_with_modality(model, WORLD, name)[0] for name in MODALITIES}
+    ranks = {name: rank_related(embeds[name], RELATED) for name in MODALITIES}
+    expected = measure(model, embeds=embeds)
+    assert len(made) == 7 + 4  # the conditions, and two notes that each kind of swapped query may follow
+    found = measure(model, embeds=embeds, ranks=ranks)
+    assert len(made) == 11 + 4 + 4
+    assert found.conclusion == expected.conclusion
+    for condition in CONDITIONS:
+        assert found.metrics(condition) == expected.metrics(condition)
+    ranks["text"] = rank_related(np.random.default_rng(0).normal(size=(80, 3)), RELATED)
+    assert measure(model, embeds=embeds, ranks=ranks).metrics("text") != expected.metrics("text")  # control: are used
+    ranks["text"] = rank_related(embeds["text"], [positions[:1] for positions in RELATED])
+    with pytest.raises(ValueError, match=r"ranks\['text'\] is of other pairs"):
+        measure(model, embeds=embeds, ranks=ranks)
+
+
+def test_one_query_tells_nothing() -> None:
+    one, none = np.ones(1), np.zeros(1)
+    for without in (one, none):
+        sentence = say_use("images", one, without, "mrr")
+        assert sentence.endswith("%): one query is too little to tell whether it uses its images.")
+        alone = say_alone("image", without, 0.5, 1.0, "mrr")
+        assert alone.endswith("(chance 0.5000): one query is too little to tell it from chance.")
+        swap = say_swap(Swap({"mrr": one}, {"mrr": without}), "image", "mrr")
+        assert swap.endswith("; one query that has something to find of both): it follows neither more than the other.")
+        assert "nan" not in sentence + alone + swap
+    two = say_use("images", np.ones(2), np.zeros(2), "mrr")
+    assert two.endswith("the model uses its images.")  # control
+
+
 def test_a_model_that_ignores_images_neglects_them() -> None:
     found = measure(SignalModel(1.0, 0.0))
     values = found.per_query[ALL_PAIRS]
@@ -171,15 +218,19 @@ def test_a_model_that_ignores_images_neglects_them() -> None:
     for condition in ("image", "text shuffled", "text swapped"):  # the control
         assert found.change(condition).high < 0
     assert found.conclusion[0].startswith("Without images recall@4 stays at")
-    assert found.conclusion[0].endswith("(+0.0 %, 95 % interval +0.0 % … +0.0 %): the model neglects them.")
-    assert found.conclusion[1].endswith("no more than chance.")
-    assert found.conclusion[4].endswith("it follows the text.") and found.conclusion[5].endswith("follows the text.")
+    assert found.conclusion[0].endswith(
+        "(+0.0\u00a0%, 95\u00a0% interval +0.0\u00a0% … +0.0\u00a0%): the model neglects them."
+    )
+    assert found.conclusion[1].endswith("the model neglects what they show.")
+    assert found.conclusion[2].endswith("80 queries are too few to tell it from chance.")
+    assert found.conclusion[6].endswith("it follows the text.") and found.conclusion[7].endswith("follows the text.")
 
 
 def test_a_model_of_images_alone_follows_the_swapped_picture() -> None:
     found = measure(SignalModel(0.0, 1.0))
-    assert found.conclusion[2].endswith("the model neglects it.")
-    assert found.conclusion[4].endswith("it follows the image.") and found.conclusion[5].endswith("follows the image.")
+    assert found.conclusion[3].endswith("the model neglects it.")
+    assert found.conclusion[4].endswith("the model neglects what it says.")
+    assert found.conclusion[6].endswith("it follows the image.") and found.conclusion[7].endswith("follows the image.")
     # It asks with the other note's picture, and so finds what that note finds: 4 of 19.
     swap = found.swaps["image"]
     assert swap.other["recall@20"].mean() > 0.99
@@ -196,7 +247,8 @@ def test_images_that_mislead_harm() -> None:
     found = reliance(SignalModel(1.0, 2.0), notes, related, ks=(20,))
     assert found.conclusion[0].startswith("Without images recall@20 rises from")
     assert found.conclusion[0].endswith("they harm the model.")
-    assert found.conclusion[1].endswith("no more than chance.")
+    assert found.conclusion[1].endswith("80 queries are too few to tell whether it reads what they show.")
+    assert found.conclusion[2].endswith("80 queries are too few to tell it from chance.")
 
 
 QUERIES = np.random.default_rng(0).random(400)
@@ -211,24 +263,86 @@ QUERIES = np.random.default_rng(0).random(400)
         (np.full(400, 0.004), "rises from .*: the model neglects them."),
         (np.zeros(400), "stays at .*: the model neglects them."),
         (np.resize([0.02, -0.02], 400), "the model neglects them."),
-        (np.resize([0.5, -0.5], 400), ": 400 queries are too few to tell whether it uses them."),
+        (np.resize([0.5, -0.5], 400), ": 400 queries are too few to tell whether it uses its images."),
     ],
 )
 def test_the_rule_of_use(change: np.ndarray, verdict: str) -> None:
     sentence = say_use("images", QUERIES, QUERIES + change, "mrr")
     assert sentence.startswith("Without images mrr ")
     assert re.search(verdict, sentence)
-    assert f"({100 * change.mean() / QUERIES.mean():+.1f} %".replace("-", "−") in sentence
+    assert f"({Percent(change.mean() / QUERIES.mean())}," in sentence
+    assert not re.search(r"\d %", sentence)  # a line break parts no number from its sign
 
 
 def test_the_rule_speaks_of_the_text_too() -> None:
     assert say_use("text", QUERIES, QUERIES + 0.2, "mrr").endswith("it harms the model.")
     assert say_use("text", QUERIES, QUERIES - 0.2, "mrr").endswith("the model uses its text.")
+    too_few = say_use("text", QUERIES, QUERIES + np.resize([0.5, -0.5], 400), "mrr")
+    assert too_few.endswith("400 queries are too few to tell whether it uses its text.")
 
 
-@pytest.mark.parametrize(("chance", "verdict"), [(0.1, "more"), (0.53, "no more"), (0.9, "less")])
-def test_the_rule_of_one_modality_alone(chance: float, verdict: str) -> None:
-    assert say_alone("image", QUERIES, chance, "mrr").endswith(f"chance {chance:.4f}): {verdict} than chance.")
+def drawn(seed: int, mean: float, deviation: float) -> np.ndarray:
+    """400 random differences of just this mean and deviation: their 95 % interval is the mean ± 0.098 deviations."""
+    values = np.random.default_rng(seed).normal(size=400)
+    return mean + deviation * (values - values.mean()) / values.std()
+
+
+@pytest.mark.parametrize(
+    ("without", "exchanged", "verdict"),
+    [
+        # Each verdict, and beside it what is not sure enough for it. QUERIES have the mean 0.49: 2 % are 0.0098.
+        (drawn(1, -0.05, 0.4), drawn(2, -0.05, 0.4), "the model reads what they show"),
+        (drawn(1, -0.03, 0.4), drawn(2, -0.03, 0.4), "400 queries are too few to tell whether it reads what they show"),
+        (drawn(1, -0.05, 0.4), drawn(2, 0.05, 0.4), "other notes' do better than its own"),
+        (drawn(1, 0.03, 0.4), drawn(2, 0.03, 0.4), "400 queries are too few to tell whether it reads what they show"),
+        (drawn(1, -0.05, 0.4), drawn(2, -0.004, 0.03), "the model neglects what they show"),
+        (drawn(1, -0.05, 0.4), drawn(2, -0.008, 0.03), "the model reads what they show"),
+        # Without images it loses; with another note's it surely loses less.
+        (drawn(1, -0.2, 0.4), drawn(2, 0.0, 0.4), "that there are images matters more than what they show"),
+        # Perhaps not less, however little is known of the loss with others'.
+        (drawn(1, -0.05, 0.4), drawn(2, -0.01, 0.4), "400 queries are too few to tell whether it reads what they show"),
+        # Less, but perhaps it loses nothing without.
+        (
+            drawn(1, -0.03, 0.4),
+            drawn(1, -0.03, 0.4) + drawn(2, 0.04, 0.1),
+            "400 queries are too few to tell whether it reads what they show",
+        ),
+    ],
+)
+def test_the_rule_of_exchange(without: np.ndarray, exchanged: np.ndarray, verdict: str) -> None:
+    sentence = say_exchange("images", QUERIES, QUERIES + without, QUERIES + exchanged, "mrr")
+    assert sentence.startswith("With other notes' images mrr ") and sentence.endswith(f": {verdict}.")
+    in_report = conclude(
+        {
+            "both": QUERIES,
+            "text": QUERIES + without,
+            "image": QUERIES / 2,
+            "image shuffled": QUERIES + exchanged,
+            "text shuffled": QUERIES / 2,
+        },
+        0.1,
+        "mrr",
+    )
+    assert in_report[1] == sentence and in_report[4].endswith("the model reads what it says.")
+
+
+def test_no_more_than_all_is_said_to_be_lost() -> None:
+    both = (np.arange(30) < 3).astype(float)  # so few hits that the interval of their mean is wide
+    lost = paired_test(np.zeros(30), both).low / both.mean()
+    assert lost < -1.5 and "95\u00a0% interval −100.0\u00a0% … " in say_use("text", both, np.zeros(30), "recall@1")
+
+
+@pytest.mark.parametrize(
+    ("chance", "both", "verdict"),
+    [
+        (0.1, 1.0, "more than chance"),
+        (0.9, 1.0, "less than chance"),
+        (0.53, 1.0, "400 queries are too few to tell it from chance"),
+        (0.53, 2.0, "no more than chance"),  # beside what both find, the interval is narrow
+    ],
+)
+def test_the_rule_of_one_modality_alone(chance: float, both: float, verdict: str) -> None:
+    assert say_alone("image", QUERIES, chance, both, "mrr").endswith(f"chance {chance:.4f}): {verdict}.")
 
 
 @pytest.mark.parametrize(
@@ -237,6 +351,31 @@ def test_the_rule_of_one_modality_alone(chance: float, verdict: str) -> None:
 def test_the_rule_of_swapped_queries(more: float, verdict: str) -> None:
     swap = Swap({"mrr": QUERIES}, {"mrr": QUERIES + more})
     assert say_swap(swap, "image", "mrr").endswith(f"it follows {verdict}.")
+    mirrored = {"the image": "the text", "the text": "the image"}.get(verdict, verdict)
+    assert say_swap(swap, "text", "mrr").endswith(f"it follows {mirrored}.")
+
+
+def test_the_sentence_of_swapped_queries_says_whose_is_what() -> None:
+    swap = Swap({"mrr": QUERIES}, {"mrr": QUERIES - drawn(1, 0.05, 0.2)})
+    for lent, kept in (("image", "text"), ("text", "image")):
+        sentence = say_swap(swap, lent, "mrr")
+        own, other = f"{QUERIES.mean():.4f}", f"{QUERIES.mean() - 0.05:.4f}"
+        assert sentence.startswith(
+            f"With its own {kept} and another note's {lent}, a query reaches mrr {own} of its own note's related notes "
+            f"and {other} of the lender's (difference 0.0500, 95\u00a0% interval 0.0"
+        )
+        assert sentence.endswith(f"; 400 queries that have something to find of both): it follows the {kept}.")
+
+
+def test_a_model_that_reads_both_leans_on_one() -> None:
+    swap = Swap({"mrr": QUERIES}, {"mrr": QUERIES - 0.3})
+    assert say_swap(swap, "image", "mrr", {"image", "text"}).endswith("it leans on the text.")
+    assert say_swap(swap, "text", "mrr", {"text"}).endswith("it leans on the image.")
+    assert say_swap(swap, "text", "mrr", {"image"}).endswith("it follows the image.")  # what it follows, it may read
+    values = {"both": QUERIES, "text": QUERIES / 2, "image": QUERIES / 2, "text shuffled": QUERIES / 2}
+    for shuffled, verdict in ((QUERIES / 2, "leans on"), (QUERIES, "follows")):
+        (*_others, said) = conclude({**values, "image shuffled": shuffled}, 0.1, "mrr", {"image": swap})
+        assert said.endswith(f"it {verdict} the text.")
 
 
 def test_of_a_model_that_finds_nothing_nothing_is_concluded() -> None:
@@ -371,6 +510,8 @@ def test_reliance_of_a_real_model_is_the_same_with_kept_features(
     np.testing.assert_allclose(kept.fusion_weights, found.fusion_weights, atol=1e-6)
     weights = reliance_tables(found)[-1]
     assert weights.rows[0][:2] == [24, float(found.fusion_weights.mean())]
+    assert weights.columns[3] == "least" and weights.rows[0][3] == found.fusion_weights.min()
+    assert weights.columns[-1] == "most" and weights.rows[0][-1] == found.fusion_weights.max()
 
 
 def test_notes_of_every_kind_with_a_real_model(shared_tiny_model: NoteLLM2Model, notes: list[dict[str, Any]]) -> None:
@@ -390,19 +531,23 @@ def test_tables_of_a_report() -> None:
     found = measure(SignalModel(1.0, 1.0), slices={"half": np.arange(320) < 160})
     main, swaps, slices = reliance_tables(found)  # a stub has no fusion weights
     assert [row[0] for row in main.rows] == [*CONDITIONS, "chance"]
-    assert main.columns[1:4] == ["recall@4", "ndcg@4", "hit_rate@4"] and main.columns[-4:][0] == "change"
-    assert main.rows[0][-4:] == [None] * 4
-    assert main.rows[1][1] == found.metrics("text")["recall@4"]
-    assert main.rows[1][-4] == pytest.approx(main.rows[1][1] - main.rows[0][1])
-    assert main.rows[1][-3] < main.rows[1][-4] < main.rows[1][-2] < 0 and main.rows[1][-1].startswith("−")
+    assert main.columns[:8] == ["condition", "change", "low", "high", "relative", "recall@4", "ndcg@4", "hit_rate@4"]
+    assert main.rows[0][1:5] == main.rows[-1][1:5] == [None] * 4
+    assert main.rows[1][5] == found.metrics("text")["recall@4"]
+    change, low, high, relative = main.rows[1][1:5]
+    assert change == pytest.approx(main.rows[1][5] - main.rows[0][5]) and low < change < high < 0
+    assert relative == pytest.approx(change / main.rows[0][5]) and str(relative).startswith("−")
     assert [row[:2] for row in swaps.rows] == [["image", 80], ["text", 80]]
-    assert slices.rows[0][:3] == ["half", 40, found.metrics("both", "half")["recall@4"]]
+    assert slices.rows[0][:2] == ["half", 40] and slices.columns[2] == "change"
+    assert slices.rows[0][2] == found.change("text", "half").difference
+    assert slices.rows[0][6] == found.metrics("both", "half")["recall@4"]
 
 
 @pytest.mark.parametrize("weights", [np.random.default_rng(0).beta(2, 8, 500), np.full(9, 0.1), np.array([1.0])])
 def test_the_plot_of_weights_counts_all_notes(weights: np.ndarray) -> None:
     figure = plot_fusion_weights(weights)
     assert sum(patch.get_height() for patch in figure.axes[0].patches) == len(weights)
+    assert all(tick == int(tick) for tick in figure.axes[0].get_yticks())
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     assert Image.open(buffer).size[0] == 1200

@@ -15,7 +15,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     Blip2Config,
+    Blip2Processor,
     LlavaConfig,
     T5Config,
 )
@@ -23,6 +25,7 @@ from transformers import (
 from evaluation.multimodal_llm import MultimodalLLM, MultimodalLLMConfig, MultimodalLLMProcessor
 from evaluation.run import evaluate_model
 from modeling_notellm2 import NoteError
+from modeling_notellm2.processing_notellm2 import prompt_template
 from tests.backbones import MULTIMODAL_LLMS, VISION_TOKENS, random_picture, save
 
 NAMES = sorted(MULTIMODAL_LLMS)
@@ -77,18 +80,59 @@ def test_prompt_is_the_papers_with_the_models_own_placeholders(name: str, load: 
     model = load(name)
     note = picture_note(1, (64, 16))
     batch = model.processor([note])
-    picture = "<image>" * 3
     if name != "blip-2":  # 64 by 16 pixels are 8 by 2 patches of 8, of which four make a token
         assert batch["image_grid_thw"].tolist() == [[1, 2, 8]]
         picture = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
-    expected = (
-        f"Note content: {{'image': '{picture}', 'title': 'Oak shelf 1', 'topic': 'home', 'content': ''}}. "
-        'Compress this note into one word: "'
-    )
+    end = "'title': 'Oak shelf 1', 'topic': 'home', 'content': ''}. Compress this note into one word: \""
     start = "<|begin_of_text|>" if name == "blip-2" else ""
-    assert model.processor.tokenizer.decode(batch["input_ids"][0]) == start + expected
+    if name == "blip-2":
+        expected = f"{'<image>' * 3}{start}Note content: {{{end}"
+    else:
+        expected = f"Note content: {{'image': '{picture}', {end}"
+    assert model.processor.tokenizer.decode(batch["input_ids"][0]) == expected
     text = model.processor.tokenizer.decode(model.processor([TEXT_NOTE])["input_ids"][0])
     assert text.startswith(start + "Note content: {'title': 'Spicy noodles'") and text.endswith('one word: "')
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("template", ["paper", "compact"])
+def test_blip2_reads_what_its_own_processor_makes(language: str, template: str, multimodal_llm_folder: Folder):
+    """The image first, before the begin-of-sequence token; the same pixels; positions that padding does not move."""
+    folder = multimodal_llm_folder("blip-2")
+    processor = MultimodalLLMProcessor.from_backbone(folder, language=language, template=template)
+    note, text = picture_note(1), dict(picture_note(1), image=None)
+    ours = processor([note])
+    prompt = processor.tokenizer.decode(processor([text])["input_ids"][0], skip_special_tokens=True)
+    own = Blip2Processor(processor.image_processor, AutoTokenizer.from_pretrained(folder), num_query_tokens=3)
+    theirs = own(images=[note["image"]], text=[prompt], return_tensors="pt")
+    start = [processor.visual_token_id] * 3 + [processor.tokenizer.bos_token_id]
+    assert ours["input_ids"][0, :4].tolist() == theirs["input_ids"][0, :4].tolist() == start
+    decode = processor.tokenizer.decode  # the same words; they are cut into tokens field by field here
+    assert decode(ours["input_ids"][0]) == decode(theirs["input_ids"][0])
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"])
+    inside = MultimodalLLMProcessor.from_backbone(folder, template=prompt_template("basic", language, template))
+    assert decode(inside([note])["input_ids"][0]) != decode(theirs["input_ids"][0])  # control
+
+
+def test_positions_of_opt_are_those_without_padding(load: Load):
+    """What OPT's layers are given as positions, in a batch that is padded on the left and on the right."""
+    model = load("blip-2")
+    seen: list[torch.Tensor] = []
+    positions = model.backbone.language_model.model.decoder.embed_positions
+    hook = positions.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        for side in ("left", "right"):
+            batch = model.processor([picture_note(1), TEXT_NOTE, {"title": "a"}], padding_side=side)
+            mask = batch["attention_mask"].bool()
+            assert not mask.all()
+            model(**batch)
+            table = positions.weight[positions.offset :]
+            for row, own in zip(seen[-1], mask, strict=True):
+                torch.testing.assert_close(row[own], table[: own.sum()])
+                if side == "left" and not own.all():
+                    assert (row[own] - table[: len(own)][own]).abs().max() > 1e-3  # control: places in the batch
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from evaluation.metrics import Ranks, rank_related, retrieval_metrics
+from evaluation.metrics import rank_related, retrieval_metrics
 from evaluation.protocols import make_task
 from evaluation.slices import pair_slices, popularity_of_notes, short_notes
 
@@ -63,8 +63,8 @@ def test_slices() -> None:
     )
     popularity = popularity_of_notes([f"n{i}" for i in range(5)], subsets)
     assert popularity.tolist() == ["head", "head", "cold", "tail", ""]
-    ranks = Ranks(np.array([0, 0, 2]), np.array([3, 2, 1]), np.array([1, 2, 3]), np.array([4, 4, 4]))
-    slices = {name: mask.tolist() for name, mask in pair_slices(ranks, short, popularity).items()}
+    query, target = np.array([0, 0, 2]), np.array([3, 2, 1])
+    slices = {name: mask.tolist() for name, mask in pair_slices(query, target, short, popularity).items()}
     assert slices == {
         "short query": [True, True, False],
         "short target": [False, False, True],
@@ -78,7 +78,6 @@ def test_slices() -> None:
 
 def test_topics_with_enough_queries_are_slices() -> None:
     queries = np.arange(50)
-    ranks = Ranks(queries, (queries + 1) % 50, np.ones(50, dtype=int), np.full(50, 49))
     topics = [["often", "rare"] if note < 15 else ["often"] if note < 30 else [] for note in range(50)]
-    slices = pair_slices(ranks, np.zeros(50, dtype=bool), topics=topics)
+    slices = pair_slices(queries, (queries + 1) % 50, np.zeros(50, dtype=bool), topics=topics)
     assert list(slices) == ["topic often"] and slices["topic often"].sum() == 30

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluation.metrics import Ranks, rank_related
-from evaluation.sheet import Pictures, choose_queries, field_text, note_label, picture_sheet
+from evaluation.sheet import Pictures, choose_queries, field_text, note_label, picture_sheet, say_drawn, say_found
 
 NOTES = [{"note_id": f"n{position}", "title": f"note {position}"} for position in range(30)]
 
@@ -51,6 +51,27 @@ def test_functions_answer_like_embeddings_and_right_answers_are_known() -> None:
         by_system = {name: [answer.score for answer in found] for name, found in query.answers.items()}
         np.testing.assert_allclose(by_system["embeds"], by_system["function"], rtol=1e-5)
         assert not np.allclose(by_system["embeds"], by_system["other"])
+
+
+def test_what_a_protocol_does_not_ask_for_is_no_wrong_answer() -> None:
+    """The paper's protocol: one related note a query, of those in the table of pairs."""
+    embeds = random_embeds()
+    known = [np.array([(query + 2) % 30, (query + 1) % 30, (query + 7) % 30]) for query in range(30)]
+    related = [positions[1:2] for positions in known]
+    (asked,) = picture_sheet(NOTES, related, {"system": embeds}, [3], top_k=29)
+    (query,) = picture_sheet(NOTES, related, {"system": embeds}, [3], top_k=29, known=known)
+    found = {answer.note["note_id"]: answer.sign for answer in query.answers["system"]}
+    assert {name: sign for name, sign in found.items() if sign != "✗"} == {"n4": "✓", "n5": "(✓)", "n10": "(✓)"}
+    assert (query.num_related, query.num_known, query.related) == (1, 2, [NOTES[4]])
+    assert say_found(query.answers["system"]) == "1 of its first 29 answers is related, 2 more not asked for"
+    assert say_found(asked.answers["system"]) == "1 of its first 29 answers is related"  # control
+    with pytest.raises(ValueError, match="known is of 29 notes, notes are 30"):
+        picture_sheet(NOTES, related, {"system": embeds}, [3], known=known[1:])
+
+
+def test_one_system_alone_differs_from_none() -> None:
+    assert "systems differ" in say_drawn(2) and "a quarter where none" in say_drawn(2)
+    assert "differ" not in say_drawn(1) and "its first 4 answers" in say_drawn(1, top_k=4)
 
 
 def test_scores_are_checked() -> None:
@@ -111,8 +132,8 @@ def test_pictures_of_every_kind_and_each_once(tmp_path: Path, caplog: pytest.Log
     assert [Image.open(io.BytesIO(one)).size for one in pictures.files] == [(160, 80), (10, 10)]
     assert [Image.open(io.BytesIO(one)).format for one in pictures.files] == ["JPEG", "JPEG"]
     assert picture.size == (400, 200)  # the caller's picture stays whole
-    # An empty file's bytes are no picture like None; all others are said, each once.
-    assert sum("cannot be shown" in record.message for record in caplog.records) == len(bad) - 1
+    # Each is said once.
+    assert sum("cannot be shown" in record.message for record in caplog.records) == len(bad)
 
 
 def test_labels() -> None:

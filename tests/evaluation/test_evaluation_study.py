@@ -1,12 +1,16 @@
 """Studies: with a runner in the training's place, and once for real through the command."""
 
 import json
+import math
+import os
+import re
 import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -50,12 +54,18 @@ def write(folder: Path, **changed: Any) -> Path:
 
 def write_report(run: Run, recall: float) -> None:
     modalities = ["text"] if run.settings.get("vision") == "" else ["both", "text", "image"]
-    rows = [{"system": "bm25", "modality": "text", "metrics": {"recall@10": 0.99, "mrr": 0.9}}]
+    chance = 10 / run.settings.get("num_simulated_notes", 40)
+    rows = [
+        {"system": "chance", "modality": "-", "metrics": {"recall@10": chance, "mrr": 0.1}},
+        {"system": "bm25", "modality": "text", "metrics": {"recall@10": 0.99, "mrr": 0.9}},
+    ]
     for part, modality in enumerate(modalities, start=1):
         metrics = {"recall@10": recall / part, "mrr": 0.5}
         rows.append({"system": "trained", "modality": modality, "metrics": metrics})
     (run.folder / "report").mkdir(exist_ok=True)
-    report = {"facts": {"commit": "abc", "train_seconds": 1.0}, "rows": rows}
+    facts = {"commit": "abc", "train_seconds": 1.0, "validation_recall@10": recall / 4}
+    facts |= {"test_notes": 40, "test_queries": 30, "hardware": {"cpu": "Some CPU", "cores": 2}}
+    report = {"facts": facts, "rows": rows}
     (run.folder / "report" / "report.json").write_text(json.dumps(report))
 
 
@@ -178,7 +188,7 @@ def test_a_failed_run_is_told_of_and_does_not_stop_the_others(tmp_path: Path, ca
     record = json.loads((tmp_path / "out" / "study.json").read_text())
     assert [run["state"] for run in record["runs"]].count("failed") == 1
     tables = study_tables(study, collect(plan_runs(study)))
-    assert tables["batch"].rows[1] == ["48 (base)", "1 of 2", 0.9, 0.45, pytest.approx(0.3)]
+    assert tables["batch"].rows[1] == ["48 (base)", "1 of 2", 0.225, 0.9, 0.45, pytest.approx(0.3)]
     retry = FakeTraining()
     assert finish(study, retry) == {} and retry.calls == [("batch=48-seed0", False)]
 
@@ -189,17 +199,17 @@ def test_tables_have_the_mean_and_the_interval_over_seeds(tmp_path: Path):
     measurements = collect(plan_runs(study))
     tables = study_tables(study, measurements)
     # 0.5, 0.6, 0.7: s = 0.1 and t(0.975, 2) = 4.302653, so 4.302653 · 0.1 / √3 = 0.248414; halves and thirds of it.
-    assert tables["batch"].columns == ["batch", "seeds", "both", "text", "image"]
-    expected = ["16", "3 of 3", "0.6000 ± 0.2484", "0.3000 ± 0.1242", "0.2000 ± 0.0828"]
+    assert tables["batch"].columns == ["batch", "seeds", "validation", "both", "text", "image"]
+    expected = ["16", "3 of 3", "0.1500 ± 0.0621", "0.6000 ± 0.2484", "0.3000 ± 0.1242", "0.2000 ± 0.0828"]
     assert tables["batch"].rows[0] == expected
-    assert [row[0] for row in tables["batch"].rows] == ["16", "48 (base)", "256"]
-    assert [row[0] for row in tables["variant"].rows] == ["all (base)", "basic", "text"]
+    assert [row[0] for row in tables["batch"].rows] == ["16", "48 (base)", "256", "chance", "bm25"]
+    assert [row[0] for row in tables["variant"].rows] == ["all (base)", "basic", "text", "chance", "bm25"]
     assert tables["variant"].rows[0][1:] == tables["batch"].rows[1][1:]  # one run tells about both
-    assert tables["variant"].rows[2] == ["text", "3 of 3", None, "0.9000 ± 0.0000", None]
+    assert tables["variant"].rows[2] == ["text", "3 of 3", "0.2250 ± 0.0000", None, "0.9000 ± 0.0000", None]
     assert {m.metric for m in measurements} == {"recall@10", "mrr"}
     write_study(study, plan_runs(study), {})
     record = json.loads((tmp_path / "out" / "study.json").read_text())
-    first = record["measurements"][0]
+    first = next(one for one in record["measurements"] if one["system"] == "trained")
     assert first["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
     assert first["half_width"] == pytest.approx(0.248414, abs=1e-6)
     for name in ("batch.png", "variant.png"):
@@ -207,13 +217,77 @@ def test_tables_have_the_mean_and_the_interval_over_seeds(tmp_path: Path):
         assert name in (tmp_path / "out" / "study.md").read_text()
 
 
+def test_tables_and_figures_have_what_knows_nothing_and_what_is_cheap(tmp_path: Path):
+    factors = FACTORS | {"notes": {"setting": "num_simulated_notes", "values": [100, 200]}}
+    study = read_study(write(tmp_path, factors=factors, seeds=[0, 1]))
+    finish(study, FakeTraining())
+    measurements = collect(plan_runs(study))
+    tables = study_tables(study, measurements)
+    lines = [["chance", None, None, 0.25, 0.25, 0.25], ["bm25", None, None, None, 0.99, None]]
+    assert tables["batch"].rows[3:] == tables["variant"].rows[3:] == lines
+    assert [row[0] for row in tables["notes"].rows] == ["100", "200"]  # chance is another for each
+    write_study(study, plan_runs(study), {})
+    written = (tmp_path / "out" / "study.md").read_text()
+    assert written.count("| chance |") == 2 and "Its runs have different test notes" in written.partition("## notes")[2]
+    for line in ("`{max_steps: 5}`", "test notes: 40, of which 30 are queries\n", "hardware: Some CPU, 2 cores\n"):
+        assert line in written
+    for factor, is_drawn in (("batch", True), ("variant", True), ("notes", False)):
+        (axes,) = draw_factor(study, factor, measurements).axes
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert [line.get_ydata()[0] for line in dashed] == [0.25] * is_drawn
+        assert ("test notes, chance" in axes.get_legend_handles_labels()[1]) == is_drawn
+
+
+def test_perfect_knowledge_is_said_to_be_an_expectation(tmp_path: Path):
+    study = read_study(write(tmp_path, factors={"batch": FACTORS["batch"]}, seeds=[0]))
+    finish(study, FakeTraining())
+    known = collect(plan_runs(study))
+    perfect = [Measurement("batch", value, module.PERFECT, "both", "recall@10", {0: 0.95}) for value in ("16", "48")]
+    said = "Perfect knowledge is an expectation and no bound"
+    assert said in study_tables(study, known + perfect)["batch"].note
+    assert said not in study_tables(study, known)["batch"].note
+    write_study(study, plan_runs(study), {})
+    assert said in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_a_metric_that_is_no_number_is_missing(tmp_path: Path):
+    """A report has null for it; JSON knows no NaN."""
+    study = read_study(write(tmp_path, factors={"batch": FACTORS["batch"]}, seeds=[0, 1]))
+    finish(study, FakeTraining())
+    run = distinct(study)[0]
+    write_report(run, math.nan)
+    path = run.folder / "report" / "report.json"
+    path.write_text(path.read_text().replace("NaN", "null"))
+    write_study(study, plan_runs(study), {})
+    rows = study_tables(study, collect(plan_runs(study)))["batch"].rows
+    assert rows[0] == ["16", "1 of 2", 0.15, 0.6, 0.3, pytest.approx(0.2)]
+    assert rows[1][1] == "2 of 2"  # control
+    study.settings["learning_rate"] = math.inf
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    write_study(study, plan_runs(study), {})
+    record = json.loads((tmp_path / "out" / "study.json").read_text(), parse_constant=refuse)
+    assert record["settings"]["learning_rate"] is None
+
+
 def test_one_seed_has_no_interval_and_it_is_said(tmp_path: Path):
-    assert Measurement("f", "v", "both", "mrr", {7: 0.25}).half_width is None
+    assert Measurement("f", "v", "trained", "both", "mrr", {7: 0.25}).half_width is None
     study = read_study(write(tmp_path, seeds=[0]))
     finish(study, FakeTraining())
     write_study(study, plan_runs(study), {})
     written = (tmp_path / "out" / "study.md").read_text()
     assert "One seed: there is no interval" in written and "±" not in written
+    for factor in FACTORS:
+        (axes,) = draw_factor(study, factor, collect(plan_runs(study))).axes
+        assert axes.containers and not has_caps(axes)
+
+
+def has_caps(axes: Any) -> bool:
+    """Whether any end of an error bar is drawn."""
+    caps = [cap for container in axes.containers for cap in container.lines[1]]
+    return any(np.isfinite(cap.get_ydata(orig=False)).any() for cap in caps)
 
 
 def test_figures_have_numbers_on_an_axis_and_labels_side_by_side(tmp_path: Path):
@@ -222,8 +296,10 @@ def test_figures_have_numbers_on_an_axis_and_labels_side_by_side(tmp_path: Path)
     measurements = collect(plan_runs(study))
     (numbers,) = draw_factor(study, "batch", measurements).axes
     assert numbers.get_xscale() == "log" and list(numbers.get_xticks()) == [16, 48, 256]
-    assert [container.get_label() for container in numbers.containers] == ["both", "text", "image"]
-    line, _, bars = numbers.containers[0].lines
+    labels_of_lines = ["validation notes", "test notes, both", "test notes, text", "test notes, image"]
+    assert [container.get_label() for container in numbers.containers] == labels_of_lines
+    assert has_caps(numbers)
+    line, _, bars = numbers.containers[1].lines
     assert line.get_xydata().tolist() == [[16, pytest.approx(0.6)], [48, 0.9], [256, 0.9]]
     low, high = bars[0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(0.248414, abs=1e-6)
@@ -231,8 +307,19 @@ def test_figures_have_numbers_on_an_axis_and_labels_side_by_side(tmp_path: Path)
     assert labels.get_xscale() == "linear"
     assert [text.get_text() for text in labels.get_xticklabels()] == ["all", "basic", "text"]
     assert labels.containers[0].lines[0].get_linestyle() == "None" != line.get_linestyle()
+    across = [container.lines[0].get_xdata()[0] for container in labels.containers]
+    assert 0 < np.ptp(across) < 0.1 * np.ptp(labels.get_xlim())  # one value's points
     narrow = read_study(write(tmp_path, factors={"batch": {"setting": "lora_rank", "values": [1, 2, 10]}}))
     assert draw_factor(narrow, "batch", []).axes[0].get_xscale() == "linear"
+
+
+@pytest.mark.parametrize("factor", ["batch", "variant"])
+def test_values_that_are_not_run_have_their_place_within_the_frame(factor: str, tmp_path: Path):
+    study = read_study(write(tmp_path, seeds=[0]))
+    complete(study, distinct(study)[:1] + distinct(study)[3:4], FakeTraining(), lambda failures: None)
+    (axes,) = draw_factor(study, factor, collect(plan_runs(study))).axes
+    low, high = axes.get_xlim()
+    assert len(axes.get_xticks()) == 3 and all(low < tick < high for tick in axes.get_xticks())
 
 
 def test_weights_may_be_dropped(tmp_path: Path):
@@ -346,6 +433,49 @@ def test_an_interrupted_study_ends_its_run(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "ended").exists()
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_says_how_to_go_on(
+    number: signal.Signals,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    training = FakeTraining()
+    # A shell's background command starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(run: Run, resume: bool, held: Any) -> int:
+        if len(training.calls) == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(20)
+        return training(run, resume)
+
+    monkeypatch.setattr(module, "run_in_own_process", interrupted)
+    path = str(write(tmp_path, seeds=[0]))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            module.main([path])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == status
+    assert caplog.messages[-1] == "Interrupted; 2 of 5 runs are finished; give the same command to go on."
+    monkeypatch.setattr(module, "run_in_own_process", lambda run, resume, held: training(run, resume))
+    module.main([path])
+    assert len(training.calls) == 5
+
+
+def test_help_explains_the_study_file(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    lines = [line.partition("#") for line in capsys.readouterr().out.splitlines()]
+    comments = {text.partition(":")[0].strip(): comment for text, _, comment in lines if comment}
+    assert set(comments) >= module._REQUIRED | module._OPTIONAL
+    assert "relative to this file" in comments["base"]
+    assert "relative to the current folder" in comments["output_dir"]
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_of_the_package_plans_runs_that_training_accepts(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -384,8 +514,13 @@ def test_the_command_trains_for_real(
     shown = capsys.readouterr().out
     assert "Run 2 of 2: variant=text-seed3" in caplog.text and "| NoteLLM-2 (base) | 1 of 1 | 0." in shown
     study = read_study(path)
-    found = {(m.value, m.modality) for m in collect(plan_runs(study))}
-    assert found == {("NoteLLM-2", "both"), ("NoteLLM-2", "text"), ("NoteLLM-2", "image"), ("text", "text")}
+    measurements = collect(plan_runs(study))
+    found = {(m.value, m.modality) for m in measurements if m.system == "trained"}
+    whole = {("NoteLLM-2", kind) for kind in ("validation", "both", "text", "image")}
+    assert found == whole | {("text", "validation"), ("text", "text")}
+    assert {m.system for m in measurements} == {"trained", *module.REFERENCES}
+    assert all(line in shown for line in ("| chance | - | - | 0.", "| bm25 | - | - | - | 0.", "| perfect knowledge |"))
+    assert re.search(r"test notes: \d+, of which \d+ are queries", (tmp_path / "out" / "study.md").read_text())
     for run in distinct(study):
         assert yaml.safe_load((run.folder / "settings.yaml").read_text())["training"]["seed"] == 3
         assert not list(run.folder.glob("**/*.safetensors"))

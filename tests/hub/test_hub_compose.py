@@ -1,6 +1,7 @@
 """Composition: one command from two backbones to a checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from transformers import AutoModel, AutoProcessor
 
 from hub.compose import CompositionArguments, compose, main, save_checkpoint
+from modeling_notellm2.processing_notellm2 import prompt_template
 
 SMALL = {"num_visual_tokens": 2, "qformer_layers": 1, "qformer_hidden_size": 64, "embedding_dim": 8}
 NOTE = {"title": "Oak shelf", "image": np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)}
@@ -48,6 +50,8 @@ def test_command_writes_a_checkpoint_with_its_code(
         {"vision": ""},
         {"connector": "mlp", "late_fusion": "vector", "language": "zh"},
         {"num_text_layers": 1, "embedding_dim": 0},
+        {"standardize_states": True},
+        {"template": "compact"},
     ],
     ids=str,
 )
@@ -60,6 +64,9 @@ def test_variants_are_settings_and_survive_saving(
     notes = [{"title": "Oak shelf"}, {**NOTE, "content": "blue"}]
     np.testing.assert_allclose(loaded.encode(notes), model.encode(notes), atol=1e-5)
     assert loaded.processor.prompt == ("text" if settings.get("vision") == "" else settings.get("prompt", "micl"))
+    assert loaded.processor.to_dict() == model.processor.to_dict()
+    is_compact = loaded.processor.text_template == "In one word\n{title}\n{topics}\n{content}:"
+    assert is_compact == ("template" in settings)
     if settings.get("prompt") == "text":
         assert loaded.connector is None and loaded.late_fusion is not None
     if "num_text_layers" in settings:
@@ -89,6 +96,17 @@ def test_bad_settings_are_named(settings: dict, message: str, arguments: Callabl
         compose(arguments(**settings))
 
 
+def test_backbones_of_another_kind_are_named(
+    arguments: Callable[..., CompositionArguments],
+    llm_folder: Callable[[str], Path],
+    tower_folder: Callable[[str], Path],
+):
+    with pytest.raises(ValueError, match="llm='.*' is a 'clip_vision_model', no decoder LLM: give one such as"):
+        compose(arguments(llm=str(tower_folder("clip"))))
+    with pytest.raises(ValueError, match="vision='.*' is a 'llama', no vision tower: give a tower such as"):
+        compose(arguments(vision=str(llm_folder("llama"))))
+
+
 def test_a_checkpoint_of_another_model_is_refused(llm_folder: Callable[[str], Path]):
     with pytest.raises(ValueError, match="is a LlamaModel: give a NoteLLM-2 checkpoint"):
         compose(CompositionArguments(model=str(llm_folder("llama"))))
@@ -102,6 +120,10 @@ def test_a_multimodal_llm_takes_the_place_of_both_backbones(
     main(["--multimodal_llm", folder, "--output", str(tmp_path), "--embedding_dim", "8", "--max_content_tokens", "5"])
     assert "hub.verify" not in capsys.readouterr().out  # its code cannot go with it
     arguments = CompositionArguments(multimodal_llm=folder, embedding_dim=8, max_content_tokens=5)
+    compact = compose(replace(arguments, template="compact")).processor
+    assert compact.text_template == prompt_template("text", "en", "compact")
+    in_front, inside = "<IMG>" + compact.text_template, prompt_template("basic", "en", "compact")
+    assert compact.template == (in_front if name == "blip-2" else inside)
     notes = [NOTE, {"content": "a blue hat and red shoes " * 5}]
     expected = compose(arguments).encode(notes)
     loaded = compose(CompositionArguments(model=str(tmp_path)))

@@ -76,6 +76,7 @@ def test_a_wrong_attention_mask_shows(shared_tiny_model: NoteLLM2Model, notes: N
 def test_positions_that_count_padding_show(compose: Compose, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2 learns absolute positions: without position_ids, left padding would shift them."""
     model = compose("gpt2")
+    model.language_model.set_attn_implementation("sdpa")  # a packed batch has no padding to count
     right = forward(model, notes, "right").note_embeds
     plain = model.language_model.forward
     monkeypatch.setattr(model.language_model, "forward", lambda position_ids, **inputs: plain(**inputs))
@@ -101,6 +102,7 @@ def test_the_text_never_changes_the_visual_embedding(compose: Compose, llm: str)
 def test_n_v_and_n_m_are_read_at_the_right_tokens(compose: Compose, notes: Notes, llm: str, side: str) -> None:
     """Recomputed from the LLM's hidden states, at positions found in the decoded tokens of each note."""
     model = compose(llm, late_fusion=None, embedding_dim=None)
+    model.language_model.set_attn_implementation("sdpa")  # the places of a packed batch are others
     batch = model.processor(notes, padding_side=side)
     states: list[Tensor] = []
     handle = model.language_model.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))

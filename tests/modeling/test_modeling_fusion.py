@@ -40,6 +40,7 @@ def test_the_vector_gate_starts_there_on_average(compose: Compose) -> None:
 def test_the_formula(compose: Compose, notes: Notes, gate: str, normalize: bool, prompt: str) -> None:
     """w = σ(gate([v; n_v])) and w·v + (1−w)·n for n_m and n_v; without mICL n_m stands in for n_v."""
     model = compose(late_fusion=gate, late_fusion_normalize=normalize, processor={"prompt": prompt})
+    model.language_model.set_attn_implementation("sdpa")  # the places of a packed batch are others
     batch = model.processor(notes)
     states: list[Tensor] = []
     handle = model.language_model.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))

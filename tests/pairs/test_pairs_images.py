@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -174,3 +175,13 @@ def test_few_pairs_of_hashes_are_compared(monkeypatch):
 def test_bad_distances_are_refused(max_distance):
     with pytest.raises(ValueError, match=f"max_distance={max_distance}: give a number of bits from 0 to 10"):
         first_lookalikes(np.empty(0, np.uint64), max_distance)
+
+
+def test_a_missing_library_is_no_fault_of_the_image(tmp_path, monkeypatch):
+    picture(0).save(tmp_path / "good.png")
+    assert check_image(str(tmp_path / "good.png")).fault is None
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    with pytest.raises(ImportError, match="pip install 'notellm2"):
+        check_image(str(tmp_path / "good.png"))
+    with pytest.raises(ImportError, match="pip install 'notellm2"):
+        next(check_images([str(tmp_path / "good.png")], workers=1))

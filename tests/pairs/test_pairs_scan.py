@@ -1,6 +1,9 @@
 """The scan names every bad row of a table that `load_notes` would refuse, and nothing of a good one."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,3 +173,16 @@ def test_a_table_that_cannot_be_read_ends_the_command(tmp_path, capsys):
         main(["--notes", str(tmp_path / "notes.csv"), "--output", str(tmp_path / "scan")])
     assert stopped.value.code == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_without_imagehash_the_command_says_what_to_install(bad):
+    """In a process of its own: the absence must not show before the command has a parser to say it with."""
+    code = "import sys; sys.modules['imagehash'] = None; from pairs.scan import main; main()"
+    arguments = ["--notes", str(bad / "notes.csv"), "--output", str(bad / "scan"), "--workers", "1"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr and not (bad / "scan").exists()
+    assert ended.stderr.splitlines()[-1].startswith(
+        "python -m pairs.scan: error: perceptual hashes need imagehash: pip install 'notellm2[scan]'"
+    )

@@ -155,6 +155,39 @@ def test_bad_pairs_are_refused(tmp_path, row, message):
         load_pairs(write_lines(tmp_path / "pairs.csv", "note_id,related_note_id,score,rank", row))
 
 
+@pytest.mark.parametrize(
+    ("header", "missing"),
+    [
+        ("note_id,other", "no column 'related_note_id', only"),
+        ("note,related_note_id", "no column 'note_id', only"),
+        ("a,b", r"no column 'note_id' and no column 'related_note_id', only \['a', 'b'\]"),
+    ],
+)
+def test_all_missing_columns_of_pairs_are_named_at_once(tmp_path, header, missing):
+    with pytest.raises(ValueError, match=missing):
+        load_pairs(write_lines(tmp_path / "pairs.csv", header, "x,y"))
+
+
+def test_pairs_need_no_score_and_rank_in_the_order_of_their_rows(tmp_path):
+    draw = np.random.default_rng(0)
+    ids = [f"n{number}" for number in range(9)]
+    rows = [(a, b) for a in ids for b in ids if a != b]
+    rows = [rows[place] for place in draw.permutation(len(rows))[:40]]
+    pairs = load_pairs(write_lines(tmp_path / "pairs.csv", "note_id,related_note_id", *map(",".join, rows)))
+    assert pairs.column_names == ["note_id", "related_note_id", "score", "rank"]
+    assert (pairs.features["score"], pairs.features["rank"]) == (Value("float64"), Value("int32"))
+    assert pairs["score"][:] == [None] * 40
+    expected = {note_id: [b for a, b in rows if a == note_id] for note_id in ids}
+    assert all(expected[row["note_id"]][row["rank"] - 1] == row["related_note_id"] for row in pairs)
+    related = related_indices(ids, pairs)
+    assert {ids[row]: [ids[other] for other in others] for row, others in enumerate(related)} == expected
+    backwards = load_pairs(write_lines(tmp_path / "back.csv", "note_id,related_note_id", *map(",".join, rows[::-1])))
+    assert [list(others) for others in related_indices(ids, backwards)] == [list(others)[::-1] for others in related]
+    write_table(pairs, tmp_path / "again.csv")
+    assert load_pairs(tmp_path / "again.csv")[:] == pairs[:]
+    assert len(load_pairs(write_lines(tmp_path / "none.csv", "note_id,related_note_id"))) == 0
+
+
 def test_related_indices_are_in_rank_order():
     rows = [("b", "a", 2), ("b", "c", 1), ("a", "b", 1), ("b", "x", 3), ("x", "a", 1)]
     note_ids, related_ids, ranks = zip(*rows, strict=True)

@@ -300,7 +300,8 @@ def test_the_evaluation_reads_from_the_store(
     split.pairs.to_parquet(folder / "pairs.parquet")
     expected = evaluate_model(model, notes, related, name="m", ks=(5,))
     runs = count_runs(model)
-    monkeypatch.setattr(run, "load_model", lambda path: model)
+    monkeypatch.setattr(run, "check_model", lambda *_: None)
+    monkeypatch.setattr(run, "load_model", lambda *_: model)
     command = ["--notes", str(folder / "notes.jsonl"), "--pairs", str(folder / "pairs.parquet"), "--ks", "5"]
     command += ["--model", "m=somewhere", "--baselines", "--output", str(output)]
     run.main([*command, "--vision-features-dir", str(tmp_path / "store")])

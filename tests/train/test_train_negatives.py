@@ -84,7 +84,7 @@ def mine_a_share(splits_folder: Path, backbones: tiny.Backbones, folder: Path) -
     model, dataset = tiny.build_model(backbones), PairDataset(*tiny.load_splits(splits_folder)["train"])
     counts: list[int] = []
     model.language_model.register_forward_pre_hook(
-        lambda _module, _inputs, keywords: counts.append(len(keywords["inputs_embeds"])), with_kwargs=True
+        lambda _module, _inputs, keywords: counts.append(len(keywords["packed"].rows)), with_kwargs=True
     )
     reader = NoteReader(dataset.notes, model.processor)
     found = mine_hard_negatives(model, reader, dataset.related, 4, 1.0, show_progress_bar=False)

@@ -8,6 +8,7 @@ import torch
 
 from modeling_notellm2 import NoteLLM2Model
 from train import warmup
+from train.states import NoteStateTable
 from train.trainer import NoteLLM2Trainer
 from train.warmup import warm_up_head
 
@@ -118,3 +119,42 @@ def test_the_warmed_up_model_may_be_the_best(ruinous: bool, build_trainer: Build
         assert min(worse) < trainer.state.best_metric - 0.02  # training did ruin it
     else:
         assert trainer.state.best_global_step == 1
+
+
+def test_it_measures_the_states_that_are_to_be_standardized(build_trainer: BuildTrainer, build_model: BuildModel):
+    trainer = build_trainer(build_model(standardize_states=True), head_warmup_steps=1, head_learning_rate=1e-3)
+    changed = warm_up(trainer, steps=1)
+    assert {"note_standardizer.mean", "note_standardizer.scale", "visual_standardizer.mean"} <= changed
+    rows = torch.from_numpy(trainer.train_dataset.pairs).unique()
+    states = NoteStateTable(trainer.model, trainer.reader, rows).select(rows)
+    torch.testing.assert_close(trainer.model.note_standardizer.mean, states.note_states.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_states_that_nothing_measures_are_refused(build_trainer: BuildTrainer, build_model: BuildModel):
+    model = build_model(standardize_states=True)
+    with pytest.raises(ValueError, match="standardize_states=True with head_warmup_steps=0"):
+        build_trainer(model)
+    warm_up(build_trainer(model, head_warmup_steps=1, head_learning_rate=1e-3), steps=1)
+    build_trainer(model).train()  # measured before
+
+
+def test_what_was_measured_stays_for_the_head_that_reads_it(build_trainer: BuildTrainer, build_model: BuildModel):
+    trainer = build_trainer(build_model(standardize_states=True), head_warmup_steps=1, head_learning_rate=1e-3)
+    warm_up(trainer, steps=1)
+    with torch.no_grad():
+        trainer.model.language_model.norm.weight.mul_(2)
+    assert "note_standardizer.mean" not in warm_up(trainer, steps=1)
+
+
+def test_the_warm_up_has_a_rate_of_its_own(build_trainer: BuildTrainer, build_model: BuildModel):
+    """At rates of zero, the one or the other part of the run changes nothing."""
+    moved = {}
+    for first, after in ((0.0, 0.0), (1e-3, 0.0), (0.0, 1e-3), (None, 1e-3)):
+        rates = {"head_warmup_learning_rate": first, "head_learning_rate": after}
+        trainer = build_trainer(head_warmup_steps=20, llm_tuning="frozen", learning_rate=0.0, max_steps=1, **rates)
+        before = trainer.model.head.weight.clone()
+        trainer.train()
+        moved[first, after] = (trainer.model.head.weight - before).abs().max().item()
+    assert moved[0.0, 0.0] == 0
+    assert 0 < moved[0.0, 1e-3] <= 1.1e-3 < 3e-3 < moved[1e-3, 0.0]  # one step of AdamW moves a weight by its rate
+    assert moved[None, 1e-3] > 3e-3
