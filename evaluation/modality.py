@@ -342,16 +342,24 @@ def conclude(
     uses: tuple[tuple[Literal["images", "text"], Literal["image", "text"], str], ...]
     uses = (("images", "image", "text"), ("text", "text", "image"))
     for what, own, other in uses:
-        sentences.append(say_use(what, both, values[other], metric))
-        if f"{own} shuffled" in values:
-            sentences.append(say_exchange(what, both, values[other], values[f"{own} shuffled"], metric))
-            if _is_read(*_relative_bounds(paired_test(values[f"{own} shuffled"], both), both)):
+        lost = paired_test(values[other], both)
+        sentences.append(say_use(what, both, values[other], metric, lost))
+        if (exchanged := values.get(f"{own} shuffled")) is not None:
+            test = paired_test(exchanged, both)
+            sentences.append(say_exchange(what, both, values[other], exchanged, metric, test, lost))
+            if _is_read(*_relative_bounds(test, both)):
                 read.add(own)
         sentences.append(say_alone(own, values[own], chance, float(both.mean()), metric))
     return sentences + [say_swap(swap, modality, metric, read) for modality, swap in (swaps or {}).items()]
 
 
-def say_use(what: Literal["images", "text"], both: np.ndarray, without: np.ndarray, metric: str) -> str:
+def say_use(
+    what: Literal["images", "text"],
+    both: np.ndarray,
+    without: np.ndarray,
+    metric: str,
+    test: PairedTest | None = None,
+) -> str:
     """Whether a model uses, neglects or is harmed by its images or its text.
 
     The rule looks at the 95 % interval of the paired difference, divided by the mean with both:
@@ -365,9 +373,10 @@ def say_use(what: Literal["images", "text"], both: np.ndarray, without: np.ndarr
         both: (Q,) floats, the metric of each query with text and image, not all 0.
         without: (Q,) floats, the same queries.
         metric: its name.
+        test: `paired_test(without, both)`, where it was made before.
     """
     them, they_harm = ("them", "they harm") if what == "images" else ("it", "it harms")
-    test = paired_test(without, both)
+    test = test or paired_test(without, both)
     low, high = _relative_bounds(test, both)
     is_little = max(-low, high) <= NEGLIGIBLE
     if is_little:
@@ -382,7 +391,13 @@ def say_use(what: Literal["images", "text"], both: np.ndarray, without: np.ndarr
 
 
 def say_exchange(
-    what: Literal["images", "text"], both: np.ndarray, without: np.ndarray, exchanged: np.ndarray, metric: str
+    what: Literal["images", "text"],
+    both: np.ndarray,
+    without: np.ndarray,
+    exchanged: np.ndarray,
+    metric: str,
+    test: PairedTest | None = None,
+    lost: PairedTest | None = None,
 ) -> str:
     """Whether a model reads what its images show, or what its text says: each note has another note's instead.
 
@@ -401,9 +416,10 @@ def say_exchange(
         without: (Q,) floats, the same queries without.
         exchanged: (Q,) floats, the same queries.
         metric: its name.
+        test, lost: `paired_test(exchanged, both)` and `paired_test(without, both)`, where they were made before.
     """
     show, there = ("what they show", "there are images") if what == "images" else ("what it says", "there is a text")
-    test, lost, kept = paired_test(exchanged, both), paired_test(without, both), paired_test(exchanged, without)
+    test, lost = test or paired_test(exchanged, both), lost or paired_test(without, both)
     low, high = _relative_bounds(test, both)
     if max(-low, high) <= NEGLIGIBLE:
         verdict = f"the model neglects {show}"
@@ -411,7 +427,7 @@ def say_exchange(
         verdict = f"the model reads {show}"
     elif low > 0:
         verdict = "other notes' do better than its own"
-    elif lost.high < 0 and kept.low > 0:
+    elif lost.high < 0 and paired_test(exchanged, without).low > 0:
         verdict = f"that {there} matters more than {show}"
     else:
         verdict = f"{_too_few(test.queries)} to tell whether it reads {show}"

@@ -65,7 +65,15 @@ from evaluation.systems import (
 from modeling_notellm2 import NoteError, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import Language, has_image
 from pairs.subsets import load_subsets
-from pairs.tables import load_notes, load_pairs, pair_positions, related_indices
+from pairs.tables import (
+    ANYWHERE,
+    IMAGE_ROOT_HELP,
+    load_notes,
+    load_pairs,
+    load_written_notes,
+    pair_positions,
+    related_indices,
+)
 from train.data import without_bad_images
 from train.features import VisionFeatureStore, VisionFeatureTable
 
@@ -102,6 +110,7 @@ def load_notes_to_find(
     protocol: Protocol = "graph",
     subsets: Dataset | None = None,
     bad_images: BadImages | None = None,
+    image_root: str | Path | None = None,
 ) -> NotesToFind:
     """Read the tables of notes and pairs (see `pairs.tables`), and try all images.
 
@@ -111,12 +120,13 @@ def load_notes_to_find(
         subsets: of the pairs, as from `pairs.subsets.load_subsets`; None: unknown.
         bad_images: what becomes of a note whose image cannot be read: an error, or a note without image. None: images
             are not tried.
+        image_root: see `pairs.tables.load_notes`.
 
     Raises:
         NoteError: an image cannot be read.
         ValueError: see `pairs.tables`.
     """
-    table = load_notes(notes)
+    table = load_notes(notes, image_root)
     note_ids = list(table["note_id"])
     positions, _rank = pair_positions(note_ids, load_pairs(pairs))
     task = make_task(protocol, positions, len(table))
@@ -134,7 +144,7 @@ def load_notes_to_find(
 def load_notes_and_related(folder: Path, bad_images: BadImages | None = None) -> NotesAndRelated:
     """Read a folder with notes.arrow and pairs.parquet, as `pairs.split` writes it; `bad_images` as in
     `load_notes_to_find`."""
-    table = load_notes(folder / "notes.arrow")
+    table = load_written_notes(folder / "notes.arrow")
     related = related_indices(list(table["note_id"]), load_pairs(folder / "pairs.parquet"))
     return NotesAndRelated(_tried(list(table), bad_images)[0], related)
 
@@ -345,6 +355,7 @@ def load_inputs(options: argparse.Namespace) -> tuple[NotesToFind, BaselineInput
         ValueError: a table, or a combination of options, is of no use.
     """
     notes, pairs, subsets, train, validation = options.notes, options.pairs, None, options.train, options.validation
+    image_root = options.image_root
     if options.splits is not None:
         notes, pairs = options.splits / "test" / "notes.arrow", options.splits / "test" / "pairs.parquet"
         if not notes.is_file():
@@ -352,11 +363,12 @@ def load_inputs(options: argparse.Namespace) -> tuple[NotesToFind, BaselineInput
             hint = f"; {inside} is one" if (inside / "test" / "notes.arrow").is_file() else ""
             raise ValueError(f"--splits {options.splits}: no folder that pairs.split wrote (no test/notes.arrow){hint}")
         subsets = load_subsets(options.splits, "test")
+        image_root = ANYWHERE  # they were checked when the splits were made
         train, validation = train or options.splits / "train", validation or options.splits / "validation"
     images = [name for name in options.baselines if name != "chance" and BASELINES[name].modality in ("image", "both")]
     bad_images = options.bad_images if images or named_models(options) else None
     trained_on = options.bad_images if any("train" in BASELINES[name].needs for name in images) else None
-    found = load_notes_to_find(notes, pairs, options.protocol, subsets, bad_images)
+    found = load_notes_to_find(notes, pairs, options.protocol, subsets, bad_images, image_root)
     viewers = None
     if options.train_views is not None:
         if options.splits is None:
@@ -623,6 +635,7 @@ def build_parser() -> argparse.ArgumentParser:
         "In place of --notes and --pairs",
     )
     data.add_argument("--notes", help="table of notes: a CSV, JSON lines or Parquet file, a folder")
+    data.add_argument("--image-root", metavar="DIR", help=IMAGE_ROOT_HELP)
     data.add_argument("--pairs", help="table of related pairs among these notes: note_id, related_note_id")
     data.add_argument(
         "--train",

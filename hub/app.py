@@ -35,7 +35,7 @@ from hub.fingerprint import model_fingerprint
 from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2PreTrainedModel
 from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, has_image, read_image
 from pairs.note_table import NoteTable
-from pairs.tables import load_notes
+from pairs.tables import IMAGE_ROOT_HELP, load_notes
 from train.data import without_bad_images
 
 try:
@@ -567,6 +567,7 @@ def _picture_use(model: NoteLLM2PreTrainedModel, note: Note) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say what the page shows."""
     parser.add_argument("--notes", required=True, help="table of notes: note_id, title, topics, content, image")
+    parser.add_argument("--image-root", metavar="DIR", help=IMAGE_ROOT_HELP)
     parser.add_argument(
         "--limit", type=int, default=500, metavar="N", help="show the first N notes, each encoded up to three times"
     )
@@ -602,7 +603,7 @@ def make_space(arguments: argparse.Namespace, model_name: str) -> tuple[NoteSpac
     if arguments.embeddings is not None:
         warn_of_other_notes(arguments.embeddings, arguments.notes)  # refused before anything that takes time
     model = load_model(arguments.model)
-    table = load_notes(arguments.notes)
+    table = load_notes(arguments.notes, arguments.image_root)
     shown = table.select(range(min(arguments.limit, len(table))))
     both = None
     if arguments.embeddings is not None:

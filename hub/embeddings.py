@@ -10,7 +10,6 @@ A shard is made of consecutive notes. Sorted by name, the files have the notes i
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pairs.disk import new_file
 from pairs.files import write_file
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,9 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Writes it in one step."""
-        unfinished = folder / ".manifest.json"
-        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / "manifest.json")
+        """Writes it in one step. Raises DiskError where the disk is full."""
+        with new_file(folder / "manifest.json") as unfinished:
+            unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def refuse_other(self, found: "Manifest", folder: Path) -> None:
         """Raises ValueError where embeddings of `found`, which `folder` holds, do not go with those of `self`."""
@@ -171,8 +170,13 @@ def shard_file(folder: str | Path, kind: Literal["embeddings", "failures", "text
     return Path(folder) / kind / f"shard-{shard:06d}.parquet"
 
 
-def whole_shards(folder: str | Path, manifest: Manifest) -> ShardCounts:
-    """The shards of a folder that are whole, by the sizes that their files name. The log names those that are not."""
+def whole_shards(folder: str | Path, manifest: Manifest, read: bool = False) -> ShardCounts:
+    """The shards of a folder that are whole. The log names those that are not.
+
+    Args:
+        folder, manifest: where they are.
+        read: read all of them and compare their checksums; otherwise the sizes that their files name are looked at.
+    """
     counts = ShardCounts()
     for shard in range(manifest.num_shards):
         start, stop = manifest.rows(shard)
@@ -181,8 +185,12 @@ def whole_shards(folder: str | Path, manifest: Manifest) -> ShardCounts:
             continue
         try:
             encoded, failed = (pq.read_metadata(file).num_rows for file in files)
-        except (OSError, pa.ArrowInvalid) as error:
-            logger.warning("%s is not whole and does not count: %s", files[0], error)
+            if read:
+                _read_embeddings(files[0])
+                for kind in ("failures", "text-only"):
+                    _listed_rows(shard_file(folder, kind, shard))
+        except (OSError, ValueError) as error:  # also ArrowInvalid
+            logger.warning("%s is not whole, or damaged, and does not count: %s", files[0], error)
             continue
         if encoded + failed == stop - start:
             counts[shard] = (encoded, failed)
@@ -202,7 +210,7 @@ def text_only_ids(folder: str | Path, manifest: Manifest) -> set[str]:
     ids: set[str] = set()
     for file in filter(Path.exists, files):
         with _named_if_unreadable(file):
-            ids.update(pq.read_table(file, columns=["note_id"])["note_id"].to_pylist())
+            ids.update(_read(file, ["note_id"])["note_id"].to_pylist())
     return ids
 
 
@@ -253,7 +261,7 @@ def _listed_rows(file: Path) -> np.ndarray:
     if not file.exists():
         return np.empty(0, np.int64)
     with _named_if_unreadable(file):
-        rows: np.ndarray = pq.read_table(file, columns=["row"])["row"].to_numpy() - 1
+        rows: np.ndarray = _read(file, ["row"])["row"].to_numpy() - 1
         return rows
 
 
@@ -300,10 +308,15 @@ def _named_if_unreadable(file: Path) -> Iterator[None]:
     """Raises ValueError where `file` turns out to be no Parquet file, or a damaged one."""
     try:
         yield
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(
             f"{file}: not a readable Parquet file ({error}); give what hub.encode wrote, or encode the notes anew."
         ) from error
+
+
+def _read(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads a Parquet file, or some columns of it, by the checksums of its pages."""
+    return pq.read_table(file, columns=columns, memory_map=True, page_checksum_verification=True)
 
 
 def _num_rows(file: Path) -> int:
@@ -313,7 +326,7 @@ def _num_rows(file: Path) -> int:
 
 def _read_embeddings(file: Path) -> tuple[pa.LargeStringArray, np.ndarray]:
     with _named_if_unreadable(file):
-        table = pq.read_table(file, memory_map=True)
+        table = _read(file)
     kinds = {field.name: field.type for field in table.schema}
     if "note_id" not in kinds or not pa.types.is_fixed_size_list(kinds.get("embedding", pa.null())):
         raise ValueError(f"{file} has the columns {kinds}: hub.encode writes note_id, and embedding of a fixed size.")

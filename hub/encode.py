@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from evaluation.checkpoints import load_model
@@ -57,7 +56,9 @@ from hub.fingerprint import model_fingerprint
 from modeling_notellm2 import NoteError, NoteLLM2PreTrainedModel
 from modeling_notellm2.modeling_notellm2 import WINDOW_BATCHES
 from modeling_notellm2.processing_notellm2 import EncodedNote
+from pairs.disk import DiskError, alone_in, disk_errors_named
 from pairs.note_table import NoteTable
+from pairs.tables import IMAGE_ROOT_HELP
 from train.distributed import said_by_main_process
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def encode_corpus(
         ValueError: a setting out of range; the folder holds something else, or lists more notes of a shard than
             `max_failures` allows; another run is at work there; an id is empty or there twice; a column is of a wrong
             type; no such model.
-        OSError: no such model.
+        OSError: no such model; the disk is full (DiskError).
     """
     output = Path(output)
     _check_settings(dtype, max_failures, bad_images, batch_size=batch_size, shard_size=shard_size, workers=workers)
@@ -176,7 +177,7 @@ def encode_corpus(
     state = process_state()  # before the model, so that each process has its GPU
     model = load_model(checkpoint, getattr(torch, dtype)).to(state.device)
     empty = model.encode([], batch_size=batch_size, truncate_dim=truncate_dim)  # also checks the width
-    lock = FileLock(output / ".lock")
+    held = ExitStack()  # what the main process has the folder by
 
     def prepare() -> _Plan:
         manifest = Manifest(
@@ -190,15 +191,16 @@ def encode_corpus(
             dtype=dtype,
         )
         notes.check_ids()
-        _open_folder(output, manifest, lock)
-        done = whole_shards(output, manifest)
+        _open_folder(output, manifest, held)
+        done = whole_shards(output, manifest, read=True)
         text_only = {shard: count_text_only(output, shard) for shard in done}
         listed = {shard: done[shard][1] + text_only[shard] for shard in done}
         retried = frozenset(shard for shard, count in listed.items() if count and retry_failures)
         kept = ShardCounts({shard: counts for shard, counts in done.items() if shard not in retried})
         _refuse_failures({shard: listed[shard] for shard in kept}, manifest, max_failures, output)
         todo = {shard: _version(output, shard) for shard in range(manifest.num_shards) if shard not in kept}
-        (output / ".progress").write_bytes(bytes(8 * state.num_processes))
+        with disk_errors_named(output):
+            (output / ".progress").write_bytes(bytes(8 * state.num_processes))
         found = kept.encoded + kept.failed + sum(done[shard][0] - text_only[shard] for shard in retried)
         return _Plan(manifest, found, retried, todo)
 
@@ -226,7 +228,7 @@ def encode_corpus(
         text_only = sum(count_text_only(output, shard) for shard in counts)
         return EncodingSummary(counts.encoded, counts.failed, manifest.num_notes - plan.kept, seconds, text_only)
     finally:
-        lock.release()
+        held.close()
 
 
 def _version(output: Path, shard: int) -> tuple[int, int] | None:
@@ -301,27 +303,21 @@ def _agreed(find: Callable[[], Result]) -> Result:
     return result
 
 
-def _open_folder(output: Path, manifest: Manifest, lock: FileLock) -> None:
+def _open_folder(output: Path, manifest: Manifest, held: ExitStack) -> None:
     """Takes the folder for this run, and removes what a killed one was writing.
 
     Raises:
         ValueError: it holds something else, or another run is at work there.
     """
     if output.exists() and not (output / "manifest.json").exists():
-        if foreign := [path.name for path in output.iterdir() if path.name not in (".lock", ".manifest.json")]:
+        if foreign := [path.name for path in output.iterdir() if not path.name.startswith((".lock", ".manifest.json"))]:
             raise ValueError(f"output={output} holds {foreign[0]!r} and no manifest.json: give a new or empty folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"output={output}: another run is at work there: wait for it or end it, or give another output."
-        ) from error
+    held.enter_context(alone_in(output))
     if (output / "manifest.json").exists():
         manifest.refuse_other(Manifest.read(output), output)
     else:
         manifest.write(output)
-    for unfinished in output.glob("*/.shard-*"):
+    for unfinished in (*output.glob("*/.shard-*"), *output.glob(".manifest.json.*")):
         unfinished.unlink()
 
 
@@ -380,7 +376,9 @@ class _ShardEncoder:
                     yield prepared
 
         with closing(readable()) as notes:  # so that its threads end where the model is interrupted
-            embeds = self.model.encode(notes, batch_size=self.batch_size, truncate_dim=self.truncate_dim)
+            embeds = self.model.encode(
+                notes, batch_size=self.batch_size, truncate_dim=self.truncate_dim, check_finite=False
+            )
         assert isinstance(embeds, np.ndarray)
         is_finite = np.isfinite(embeds).all(axis=1)
         for position in np.flatnonzero(~is_finite).tolist():
@@ -504,6 +502,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="checkpoint: a folder or Hub id")
     parser.add_argument("notes", help="table of notes: a Parquet, .arrow, CSV or JSON lines file, a folder or Hub id")
+    parser.add_argument("--image-root", metavar="DIR", help=IMAGE_ROOT_HELP)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for embeddings and failures")
     parser.add_argument("--batch-size", type=int, default=32, help="notes a forward pass")
     parser.add_argument("--shard-size", type=int, default=10_000, help="notes a file")
@@ -545,7 +544,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         summary = encode_corpus(
             options.model,
-            NoteTable(options.notes),
+            NoteTable(options.notes, options.image_root),
             options.output,
             dtype=options.dtype,
             batch_size=options.batch_size,
@@ -557,6 +556,8 @@ def main(argv: list[str] | None = None) -> None:
             workers=options.workers,
         )
     except NoteError as error:  # of this process alone
+        sys.exit(str(error))
+    except DiskError as error:  # of this process alone
         sys.exit(str(error))
     except (ValueError, OSError) as error:
         sys.exit(str(error) if state.is_main_process else 1)

@@ -23,8 +23,7 @@ import os
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -40,9 +39,10 @@ from evaluation.checkpoints import load_model
 from evaluation.report import collect_facts
 from hub.card import TINY_BACKBONES, CardOptions, model_card, uses_simulated_data
 from hub.compose import save_checkpoint
-from hub.verify import CHECKSUMS, folder_files, is_export, write_checksums, write_record
+from hub.private import PrivateError, refuse_private
+from hub.verify import CHECKSUMS, folder_files, is_export, sha256, write_checksums, write_record
 from modeling_notellm2 import NoteLLM2Model, __version__
-from pairs.files import refuse_taken
+from pairs.disk import DiskError, new_folder
 
 logger = logging.getLogger("hub.export")
 
@@ -71,9 +71,9 @@ PUBLIC_SETTINGS: Mapping[str, frozenset[str]] = {
     ),
     "data": frozenset(
         """
-        notes views splits num_simulated_notes pair_window_days pair_direction pair_score pair_min_score pair_max_score
-        pair_min_count pair_min_note_users pair_top_k pair_max_as_related split_by validation_share test_share
-        validation_days test_days split_seed
+        notes image_root views splits num_simulated_notes pair_window_days pair_direction pair_score pair_min_score
+        pair_max_score pair_min_count pair_min_note_users pair_top_k pair_max_as_related split_by validation_share
+        test_share validation_days test_days split_seed
         """.split()
     ),
     "training": frozenset(
@@ -90,7 +90,7 @@ PUBLIC_SETTINGS: Mapping[str, frozenset[str]] = {
         """.split()
     ),
 }
-_PLACES = frozenset({"model", "llm", "vision", "multimodal_llm", "notes", "views", "splits"})
+_PLACES = frozenset({"model", "llm", "vision", "multimodal_llm", "notes", "image_root", "views", "splits"})
 _PUBLIC_FACTS = frozenset(
     """
     commit time versions notes queries protocol dtype seed test_notes test_queries train_notes train_pairs
@@ -103,12 +103,6 @@ _FACTS_OF_ANY_STEP = frozenset(
 )
 _WORD = re.compile(r"[\w@.:+-]{1,64}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Of GitHub, Hugging Face, AWS, OpenAI and Slack.
-_CREDENTIALS = re.compile(
-    rb"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{16}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,})"
-)
-# Vocabularies hold any text, also what looks like a folder of this machine.
-_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"})
 
 
 class ExportError(RuntimeError):
@@ -257,48 +251,41 @@ def export(
             training is kept; one that is left out is said.
 
     Raises:
-        ExportError: the checkpoint is no NoteLLM-2 or cannot be loaded, the run cannot be read, or a file would name a
-            folder of this machine or hold a credential.
+        ExportError: the checkpoint is no NoteLLM-2 or cannot be loaded, the run cannot be read.
+        PrivateError: a file would name a folder of a machine or hold a credential.
         FileExistsError: the place is taken.
-        ValueError: the card's options do not fit the run.
+        ValueError: the card's options do not fit the run; another run is writing the folder.
+        DiskError: the disk is full.
     """
-    target = Path(folder)
-    refuse_taken(target)
     if run is not None and not Path(run).is_dir():
         raise ExportError(f"run={str(run)!r} is no folder: give the output_dir of a training or an evaluation.")
-    try:
-        model = load_model(checkpoint, "auto", "cpu")
-    except (OSError, ValueError) as error:
-        raise ExportError(str(error)) from error
-    if not isinstance(model, NoteLLM2Model):
-        raise ExportError(
-            f"checkpoint={str(checkpoint)!r} holds a {type(model).__name__}, which loads with this package alone: give "
-            "a NoteLLM-2 checkpoint."
-        )
-    processor = model.processor  # loaded now, from where the model came from
-    lora = None if model.config.lora is None else "kept" if keep_lora else "merged"
-    if lora == "merged":
-        model.merge_lora()
-    found = _find_run(checkpoint, run)
-    facts = {"notellm2": __version__, "lora": lora, **public_facts(collect_facts())}
-    options = card if card is not None else CardOptions(name=target.name)
-    text = str(model_card(model, options, found.settings, found.training, found.evaluation, facts.get("commit")))
-    logger.info("Writing %s (LoRA: %s, prompt: %s)", target, lora, processor.prompt)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    target = Path(folder)
+    with new_folder(target) as staging:  # before the model is loaded, which takes long
+        try:
+            model = load_model(checkpoint, "auto", "cpu")
+        except (OSError, ValueError) as error:
+            raise ExportError(str(error)) from error
+        if not isinstance(model, NoteLLM2Model):
+            raise ExportError(
+                f"checkpoint={str(checkpoint)!r} holds a {type(model).__name__}, which loads with this package alone: "
+                "give a NoteLLM-2 checkpoint."
+            )
+        processor = model.processor  # loaded now, from where the model came from
+        lora = None if model.config.lora is None else "kept" if keep_lora else "merged"
+        if lora == "merged":
+            model.merge_lora()
+        found = _find_run(checkpoint, run)
+        facts = {"notellm2": __version__, "lora": lora, **public_facts(collect_facts())}
+        options = card if card is not None else CardOptions(name=target.name)
+        text = str(model_card(model, options, found.settings, found.training, found.evaluation, facts.get("commit")))
+        logger.info("Writing %s (LoRA: %s, prompt: %s)", target, lora, processor.prompt)
         save_checkpoint(model, staging)
         del model  # the record loads what was written
         _write_parts(staging, text, facts, found)
         write_record(staging)
-        _refuse_private(staging, [checkpoint, target.parent, Path.cwd(), Path.home(), *([run] if run else [])])
+        refuse_private(staging, [checkpoint, target.parent, Path.cwd(), Path.home(), *([run] if run else [])])
         write_checksums(staging)
         _open_to_readers(staging)
-        staging.replace(target)
-    except BaseException:
-        shutil.rmtree(staging)
-        raise
 
 
 def _find_run(checkpoint: str | os.PathLike, run: str | os.PathLike | None) -> Run:
@@ -374,38 +361,6 @@ def _write_parts(folder: Path, card: str, facts: Mapping[str, Any], run: Run) ->
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _refuse_private(folder: Path, places: Iterable[str | os.PathLike]) -> None:
-    """A last look for folders of this machine and for credentials, in whatever the checkpoint brought or a library
-    wrote: all files but weights and vocabularies."""
-    found = [place for place in map(Path, places) if place.exists()]
-    spellings = {str(place.resolve()) for place in found} | {str(place.absolute()) for place in found}
-    patterns = {place: _place_pattern(place) for place in spellings if len(Path(place).parts) > 1}
-    for name in folder_files(folder):
-        if name.endswith(".safetensors") or Path(name).name in _VOCABULARIES:
-            continue
-        content = (folder / name).read_bytes()
-        for place, pattern in patterns.items():
-            # A comment of our own code may have "/data/" in it.
-            if (len(Path(place).parts) > 2 or not name.endswith(".py")) and pattern.search(content):
-                raise ExportError(
-                    f"{name} would name the folder {place} of this machine: remove it from the checkpoint."
-                )
-        if credential := _CREDENTIALS.search(content):
-            raise ExportError(
-                f"{name} would hold what looks like a credential ({credential[0][:6].decode()}…): remove it from the "
-                "checkpoint, and revoke it if it is one."
-            )
-
-
-def _place_pattern(place: str) -> re.Pattern[bytes]:
-    """Finds a folder in the bytes of a file, also as JSON spells it. A folder right below the root, such as "/root",
-    counts where a path goes on from it, and not as the middle of a longer one or of an address."""
-    spelled = b"|".join(re.escape(way.encode()) for way in {place, json.dumps(place)[1:-1]})
-    if len(Path(place).parts) > 2:
-        return re.compile(spelled)
-    return re.compile(rb"(?:(?<![\w./-])|(?<=file://))(?:" + spelled + rb")[/\\]")
 
 
 def _open_to_readers(folder: Path) -> None:
@@ -494,9 +449,10 @@ def main(argv: list[str] | None = None) -> None:
         if card.license is None:
             logger.warning("The card names no license, so that others may not use the model: say which with --license.")
         export(arguments.checkpoint, arguments.folder, card, arguments.keep_lora, arguments.run)
-    except (ExportError, FileExistsError, ValueError) as error:
+    except (ExportError, PrivateError, FileExistsError, DiskError, ValueError) as error:
         parser.error(str(error))
     sys.stdout.write("".join(f"{name}\n" for name in folder_files(arguments.folder)))
+    sys.stdout.write(f"SHA-256 of {CHECKSUMS}: {sha256(Path(arguments.folder) / CHECKSUMS)}\n")
     sys.stdout.write(f"Check it with:   python -m hub.verify {arguments.folder}\n")
     target = arguments.repo_id or "ORG/NAME"
     sys.stdout.write(f"Publish it with: python -m hub.push {arguments.folder} {target} --dry-run\n")

@@ -28,10 +28,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from evaluation.checkpoints import load_model
 from evaluation.metrics import retrieval_metrics
 from evaluation.run import load_notes_and_related
+from hub.private import PrivateError, refuse_private
 from hub.verify import sample_notes
 from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.modeling_notellm2 import NoteStates, last_token_states
-from pairs.files import refuse_taken
+from pairs.disk import new_folder
 
 try:
     import onnxscript  # noqa: F401  (torch.onnx.export needs it)
@@ -252,15 +253,15 @@ def export_onnx(model: NoteLLM2Model, output: str | os.PathLike, quantize: bool 
 
     Raises:
         FileExistsError: `output` holds files.
+        BusyError: another run is writing it.
+        DiskError: the disk is full.
         OnnxExportError: a backbone cannot be exported, or the graphs differ from the model by more than 1e-4 before
             they are quantised.
+        PrivateError: a file would name a folder of a machine or hold a credential.
     """
     output = Path(output)
-    refuse_taken(output)
-    notes = sample_notes(with_images=model.config.has_vision)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        folder = Path(scratch) / "export"
+    with new_folder(output) as folder:
+        notes = sample_notes(with_images=model.config.has_vision)
         model.config.save_pretrained(folder)
         model.processor.save_pretrained(folder)
         custom_object_save(OnnxNoteEncoder, folder)
@@ -281,7 +282,7 @@ def export_onnx(model: NoteLLM2Model, output: str | os.PathLike, quantize: bool 
             quantize_graphs(folder)
             agreement = compare(model, OnnxNoteEncoder(folder), notes)
         (folder / "README.md").write_text(_readme(model, quantize, agreement), encoding="utf-8")
-        folder.replace(output)
+        refuse_private(folder, [model.name_or_path or ".", output.parent, Path.cwd(), Path.home()])
     return agreement
 
 
@@ -413,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
         model = load_for_export(arguments.checkpoint)
         test = None if arguments.splits is None else load_notes_and_related(arguments.splits / "test")
         agreement = export_onnx(model, arguments.output, arguments.quantize)
-    except (OSError, ValueError) as error:
+    except (PrivateError, OSError, ValueError) as error:
         parser.error(str(error))
     except OnnxExportError as error:
         sys.exit(f"FAILED: {error}")

@@ -24,7 +24,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -42,9 +41,10 @@ from evaluation.checkpoints import load_model
 from evaluation.modality import MODALITIES
 from hub.app import NotePage, NoteSpace, add_arguments, build_page, launch_page, make_space, refuse_bad_numbers
 from hub.fingerprint import model_fingerprint
+from hub.private import PrivateError, refuse_private
 from hub.repo_id import check_repo_id
 from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, has_image, read_image
-from pairs.files import refuse_taken
+from pairs.disk import new_folder, refuse_taken
 from pairs.tables import load_notes
 
 logger = logging.getLogger(__name__)
@@ -102,16 +102,14 @@ def write_space(space: NoteSpace, folder: str | Path, settings: SpaceSettings) -
 
     Raises:
         FileExistsError: the place is taken.
-        ValueError: the model's id is none.
+        ValueError: the model's id is none; another run is writing the folder.
+        DiskError: the disk is full.
         NoteError: a picture cannot be read.
+        PrivateError: a file would name a folder of a machine or hold a credential.
     """
-    target = Path(folder)
-    refuse_taken(target)
     check_repo_id("model", settings.model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        staging = Path(scratch) / target.name
-        (staging / "images").mkdir(parents=True)
+    with new_folder(folder) as staging:
+        (staging / "images").mkdir()
         _write_notes(space, staging)
         save_file({str(name): vectors for name, vectors in space.embeds.items()}, staging / "embeddings.safetensors")
         (staging / "space.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
@@ -122,7 +120,8 @@ def write_space(space: NoteSpace, folder: str | Path, settings: SpaceSettings) -
             copy = staging / source.relative_to(REPOSITORY)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
-        staging.replace(target)
+        places: list[str | Path] = [str(space.model.name_or_path or "."), Path(folder).parent, Path.cwd(), Path.home()]
+        refuse_private(staging, places, notes=["notes.jsonl"])
 
 
 def read_space(folder: str | Path) -> tuple[NoteSpace, SpaceSettings]:
@@ -271,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         space, lede = make_space(arguments, model_id)
         settings = SpaceSettings(model_id, model_fingerprint(space.model), arguments.title, lede, arguments.top_k)
         write_space(space, arguments.folder, settings)
-    except (ValueError, OSError) as error:
+    except (PrivateError, ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.write(
         f"{arguments.folder}: {len(space.notes)} notes\n"

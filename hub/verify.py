@@ -9,18 +9,22 @@ A folder that `hub.export` wrote holds more: a list of its files with their chec
 recorded when it was written. There the files are compared with the list first, and then the recorded embeddings with
 those of this process, of a fresh process with transformers, and of one with sentence-transformers where it is
 installed.
+
+Before any code of a folder runs, it is compared with that of the installed package, byte by byte. The list says that a
+folder is as somebody wrote it, not who: whoever changes a file can write the list anew. `--sha256`, with the list's own
+checksum as the publisher announced it, is what says who.
 """
 
 import argparse
 import base64
-import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +35,9 @@ from safetensors import SafetensorError
 from transformers import AutoModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+import modeling_notellm2
 from modeling_notellm2 import NoteLLM2Model
+from pairs.disk import sha256
 
 TOLERANCE = 1e-5
 CHECKSUMS = "checksums.sha256"
@@ -42,7 +48,17 @@ RECORD = "verification.json"
 Loader = Literal["transformers", "sentence-transformers"]
 
 # Weights in these kinds of file are or may be pickles, which run code when they are loaded.
-_PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+_PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
+# The other files that an export may hold, by name: a list of checksums can be written anew with more in it.
+_EXPORTED = re.compile(
+    r"(config|processor_config|preprocessor_config|generation_config|tokenizer_config|tokenizer|special_tokens_map|"
+    r"added_tokens|vocab|chat_template|modules|config_sentence_transformers|provenance|verification|"
+    r"model\.safetensors\.index)\.json|model(-\d{5}-of-\d{5})?\.safetensors|[a-z_]+_notellm2\.py|README\.md|merges\.txt|"
+    r"vocab\.txt|(additional_chat_templates/)?[\w-]+\.jinja|checksums\.sha256|training/(settings\.yaml|report\.json)|evaluation/report\.json"
+)
+# What `hf download --local-dir` keeps of a download.
+_DOWNLOADS = re.compile(r"\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|download/([^/]+/)*[^/]+\.(metadata|lock))")
+_PROVENANCE = "provenance.json"
 
 
 class VerificationError(RuntimeError):
@@ -82,21 +98,23 @@ def unpack_notes(packed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def folder_files(folder: str | os.PathLike) -> list[str]:
-    """Paths of all files below `folder`, relative, in order, without what the Hub and its client add to a download."""
-    root = Path(folder)
-    found = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != ".gitattributes" and not name.startswith((".cache/", ".git/")))
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Paths of all that is below `folder` and no folder itself, relative, in order: hidden files and links too, without
+    what the Hub and its client add to a download."""
+    found = []
+    for place, folders, files in os.walk(os.fspath(folder)):
+        # A link to a folder is one thing, which is not looked into.
+        names = [*files, *(name for name in folders if os.path.islink(os.path.join(place, name)))]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in names]
+    return sorted(
+        name
+        for name in found
+        if name != ".gitattributes" and not name.startswith(".git/") and _DOWNLOADS.fullmatch(name) is None
+    )
 
 
 def is_export(folder: str | os.PathLike) -> bool:
-    """Whether `hub.export` wrote the folder."""
-    return (Path(folder) / CHECKSUMS).is_file()
+    """Whether `hub.export` wrote the folder, though somebody may have removed a part of it."""
+    return any((Path(folder) / name).exists() for name in (CHECKSUMS, RECORD, _PROVENANCE))
 
 
 def write_record(folder: str | os.PathLike) -> None:
@@ -140,21 +158,43 @@ def listed_files(folder: str | os.PathLike) -> dict[str, str]:
         raise VerificationError(f"{folder}: {CHECKSUMS} cannot be read ({error}): export again.") from error
     for number, line in enumerate(lines, start=1):
         checksum, separator, name = line.partition("  ")
-        if not separator or len(checksum) != 64:
+        if not separator or re.fullmatch("[0-9a-f]{64}", checksum) is None or name in listed or not _is_inside(name):
             raise VerificationError(f"{folder}: line {number} of {CHECKSUMS} is {line!r}: export again.")
         listed[name] = checksum
     return listed
+
+
+def _is_inside(name: str) -> bool:
+    return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _foreign_links(root: Path, names: Iterable[str]) -> set[str]:
+    """Links that do not lead to the cache of the Hub's client, which keeps a download as links to its own `blobs`."""
+    blobs = root.resolve().parent.parent / "blobs"
+    is_cached = root.resolve().parent.name == "snapshots"
+    links = {name for name in names if any(part.is_symlink() for part in _parts_below(root, name))}
+    return {name for name in links if not (is_cached and (root / name).resolve().parent == blobs)}
+
+
+def _parts_below(root: Path, name: str) -> list[Path]:
+    path = root / name
+    return [path, *(parent for parent in path.parents if parent != root and root in parent.parents)]
 
 
 def check_files(folder: str | os.PathLike) -> None:
     """Compare an export's files with its list, and its code with what its configs name.
 
     Raises:
-        VerificationError: a file is missing, was changed or was added; weights are not safetensors; the code lacks a
-            file, or holds one that nothing imports.
+        VerificationError: a file is missing, was changed or was added; is a link, or none that an export has; weights
+            are not safetensors; the code lacks a file, or holds one that nothing imports.
     """
     root, listed = Path(folder), listed_files(folder)
-    present = set(folder_files(folder)) - {CHECKSUMS}
+    everything = folder_files(folder)
+    present = set(everything) - {CHECKSUMS}
+    if links := _foreign_links(root, everything):  # before any is read
+        raise VerificationError(
+            f"{folder} holds links: {', '.join(sorted(links))}. Export again, or copy what they are."
+        )
     for problem, names in (
         ("lacks", set(listed) - present),
         (f"holds what {CHECKSUMS} does not list:", present - set(listed)),
@@ -162,7 +202,8 @@ def check_files(folder: str | os.PathLike) -> None:
             "has other content than it was exported with:",
             {name for name in present if sha256(root / name) != listed.get(name)},
         ),
-        ("holds what may be a pickle:", {name for name in present if Path(name).suffix in _PICKLES}),
+        ("holds what may be a pickle:", {name for name in present if Path(name).suffix.lower() in _PICKLES}),
+        ("holds what no export has:", {name for name in present if _EXPORTED.fullmatch(name) is None}),
     ):
         if names:
             raise VerificationError(f"{folder} {problem} {', '.join(sorted(names))}. Export again.")
@@ -191,6 +232,31 @@ def _check_code(root: Path) -> None:
         raise VerificationError(
             f"{root} needs the code {sorted(needed)} and holds {sorted(present)}: export again, so that both agree."
         )
+
+
+def check_code(folder: str | os.PathLike) -> None:
+    """Compare a folder's code with that of the installed package, byte by byte.
+
+    Raises:
+        VerificationError: a file differs, or the package has none of this name.
+    """
+    installed = Path(modeling_notellm2.__file__).parent
+    for file in sorted(Path(folder).rglob("*.py")):
+        own = installed / file.name
+        if not own.is_file() or own.read_bytes() != file.read_bytes():
+            raise VerificationError(
+                f"{folder}: {file.name} is not that of the installed modeling_notellm2 {modeling_notellm2.__version__}"
+                f"{_release_of(Path(folder))}. Nothing of it was run. Install the release that the folder was exported "
+                "with, export again, or read its code and allow it (--allow-other-code)."
+            )
+
+
+def _release_of(root: Path) -> str:
+    try:
+        found = json.loads((root / _PROVENANCE).read_text(encoding="utf-8"))["notellm2"]
+    except (OSError, ValueError, KeyError, TypeError):  # no export, or a damaged one: its code is refused all the same
+        return ""
+    return f" (the folder says of itself that it is of {found!r:.40})"
 
 
 def encode_in_fresh_process(
@@ -233,7 +299,12 @@ def available_loaders(python: str = sys.executable) -> list[Loader]:
     return ["transformers", "sentence-transformers"] if asked.returncode == 0 else ["transformers"]
 
 
-def verify(folder: str | os.PathLike, python: str = sys.executable) -> float:
+def verify(
+    folder: str | os.PathLike,
+    python: str = sys.executable,
+    allow_other_code: bool = False,
+    checksum: str | None = None,
+) -> float:
     """Compare the embeddings of this process, or the recorded ones of an export, with those of fresh processes.
 
     All compute in float32, whatever the weights are stored in.
@@ -241,17 +312,25 @@ def verify(folder: str | os.PathLike, python: str = sys.executable) -> float:
     Args:
         folder: a checkpoint as `hub.compose` or training saves it, or an export.
         python: interpreter of the fresh process.
+        allow_other_code: run the folder's code though it is not that of the installed package.
+        checksum: of an export, the SHA-256 of its list of checksums, as its publisher announced it.
 
     Returns:
         The largest absolute difference, at most 1e-5.
 
     Raises:
-        VerificationError: an export is not as it was written, the folder cannot be loaded, a fresh process failed, or
-            the embeddings differ by more.
+        VerificationError: an export is not as it was written, the folder's code is another, it cannot be loaded, a
+            fresh process failed, or the embeddings differ by more.
     """
     exported = is_export(folder)
     if exported:
         check_files(folder)
+    if checksum is not None:
+        found = sha256(Path(folder) / CHECKSUMS) if exported else "none, as it is no export"
+        if found != checksum.lower():
+            raise VerificationError(f"{folder}: the SHA-256 of {CHECKSUMS} is {found}, and not {checksum}.")
+    if not allow_other_code:
+        check_code(folder)
     try:
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -311,6 +390,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter of the fresh process, to check other library versions"
     )
+    parser.add_argument(
+        "--allow-other-code",
+        action="store_true",
+        help="run the folder's code though it is not that of the installed package: read it first",
+    )
+    parser.add_argument("--sha256", metavar="HEX", help=f"of an export: of {CHECKSUMS}, as its publisher announced it")
     arguments = parser.parse_args(argv)
     if not Path(arguments.folder).is_dir():
         parser.error(f"folder={arguments.folder!r}: there is no such folder (a Hub id is not taken: download it first)")
@@ -320,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
             "wrote"
         )
     try:
-        difference = verify(arguments.folder, arguments.python)
+        difference = verify(arguments.folder, arguments.python, arguments.allow_other_code, arguments.sha256)
     except (VerificationError, OSError) as error:
         sys.exit(f"FAILED: {error}")
     sys.stdout.write(
@@ -329,7 +414,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     if is_export(arguments.folder):
         loaders = available_loaders(arguments.python)
-        sys.stdout.write(f"Its files are as they were exported; loaded with {' and '.join(loaders)}.\n")
+        sys.stdout.write(
+            f"Its files are as {CHECKSUMS} lists them (SHA-256 {sha256(Path(arguments.folder) / CHECKSUMS)}); loaded "
+            f"with {' and '.join(loaders)}.\n"
+        )
         if "sentence-transformers" not in loaders:
             sys.stdout.write("Whether sentence-transformers loads it was not tried: it is not installed there.\n")
 

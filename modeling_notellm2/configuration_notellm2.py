@@ -4,6 +4,8 @@ A checkpoint describes itself: `from_pretrained` needs no argument beyond the fo
 (text-only LLM, late fusion only, basic, mICL, both gates) is a setting here, never another class.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, Blip2QFormerConfig
@@ -16,6 +18,25 @@ from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
 Connector = Literal["qformer", "mlp"]
 LateFusion = Literal["scalar", "vector"]
+
+MAX_VISUAL_TOKENS = 16_384
+MAX_WIDTH = 1 << 20
+# Far above any model that there is: beyond these the memory goes to building layers, before a weight is read. What a
+# number sizes is told by its name; one of another name (`rope_theta`, `model_max_length`, a seed) sizes nothing.
+_BOUNDS: tuple[tuple[re.Pattern[str], int], ...] = (
+    (re.compile(r"layers|n_layer|num_blocks|depth"), 1 << 10),
+    (re.compile(r"vocab|max_position|n_positions"), 1 << 24),
+    (
+        re.compile(
+            r"(hidden|image|patch|kernel|state|input)_sizes?|embed|n_embd|n_inner|intermediate|head|ffn|expert|rank|^r$|"
+            r"channels|num_features|num_quer|patches|num_(\w+_)?tokens$|dims?$|^d_\w+$|^width$"
+        ),
+        MAX_WIDTH,
+    ),
+)
+# Settings by which transformers, timm and peft import a module, or read weights that are not the checkpoint's.
+_REACHING = frozenset({"checkpoint_path", "megatron_config", "megatron_core", "pretrained", "use_pretrained_backbone"})
+_IMPLEMENTATIONS = tuple(f"{mark}{of}_implementation" for mark in ("", "_") for of in ("attn", "experts"))
 
 
 class NoteLLM2Config(PreTrainedConfig):
@@ -46,8 +67,8 @@ class NoteLLM2Config(PreTrainedConfig):
             a projected image feature differ by orders of magnitude; `False` is the paper's code.
         late_fusion_hidden_size: width of the scalar gate's MLP.
         embedding_dim: width of the note embedding (64 in the paper); `None` keeps the LLM's width and adds no head.
-        initial_temperature: softmax temperature of the contrastive loss before training, at least 0.01. The model keeps
-            it as `logit_scale` = log(1 / temperature), so that it survives saving and resuming.
+        initial_temperature: softmax temperature of the contrastive loss before training, from 0.01 to 100. The model
+            keeps it as `logit_scale` = log(1 / temperature), so that it survives saving and resuming.
         learnable_temperature: whether `logit_scale` trains.
         freeze_vision_tower: keep the tower's weights and its batch statistics fixed, and build no gradient through it.
         lora: arguments of `peft.LoraConfig` for the LLM (for instance `{"r": 16, "target_modules": "all-linear"}`);
@@ -55,7 +76,8 @@ class NoteLLM2Config(PreTrainedConfig):
         initializer_range: standard deviation of new weights, query tokens included.
 
     Raises:
-        ValueError: a setting is outside its range, or contradicts another one.
+        ValueError: a setting is outside its range, or contradicts another one; a backbone's configuration would run
+            code or read what is not the checkpoint's, or a number is beyond all models (`refuse_outside`).
 
     Example:
         >>> config = NoteLLM2Config(late_fusion="scalar", late_fusion_initial_weight=0.1)
@@ -103,10 +125,15 @@ class NoteLLM2Config(PreTrainedConfig):
                 "set vision_config=None."
             )
         check_head(embedding_dim, initial_temperature)
-        if num_visual_tokens < 1:
-            raise ValueError(
-                f"num_visual_tokens={num_visual_tokens} must be at least 1; set connector=None for no visual tokens."
-            )
+        check_num_visual_tokens(num_visual_tokens)
+        _refuse_numbers("late_fusion_hidden_size", late_fusion_hidden_size)
+        refuse_outside("config", {"lora": lora, **kwargs})
+        for name, part in (
+            ("text_config", text_config),
+            ("vision_config", vision_config),
+            ("qformer_config", qformer_config),
+        ):
+            refuse_outside(name, part.to_dict() if isinstance(part, PreTrainedConfig) else part, is_part=True)
 
         self.text_config = sub_config(text_config if text_config is not None else {"model_type": "llama"})
         self.vision_config = None if vision_config is None else sub_config(vision_config)
@@ -164,12 +191,80 @@ class NoteLLM2Config(PreTrainedConfig):
 
 def check_head(embedding_dim: int | None, initial_temperature: float) -> None:
     """Raises ValueError for settings of what comes after the LLM that are out of range."""
-    if initial_temperature < 0.01:
+    if not 0.01 <= initial_temperature <= 100.0:  # NaN, too
         raise ValueError(
-            f"initial_temperature={initial_temperature} must be at least 0.01, the bound of a learnable one."
+            f"initial_temperature={initial_temperature} must lie between 0.01 and 100, the bounds of a learnable one."
         )
-    if embedding_dim is not None and embedding_dim < 1:
-        raise ValueError(f"embedding_dim={embedding_dim} must be at least 1, or None for the LLM's own width.")
+    if embedding_dim is not None and not 1 <= embedding_dim <= MAX_WIDTH:
+        raise ValueError(
+            f"embedding_dim={embedding_dim} must lie between 1 and {MAX_WIDTH}, or be None for the LLM's own width."
+        )
+
+
+def check_num_visual_tokens(num_visual_tokens: int) -> None:
+    """Raises ValueError for a number of visual tokens that no prompt has."""
+    if not isinstance(num_visual_tokens, int) or not 1 <= num_visual_tokens <= MAX_VISUAL_TOKENS:
+        raise ValueError(
+            f"num_visual_tokens={num_visual_tokens!r} must lie between 1 and {MAX_VISUAL_TOKENS}; set connector=None "
+            "for no visual tokens."
+        )
+
+
+def refuse_outside(name: str, value: Any, is_part: bool = False) -> None:
+    """Refuse what would reach beyond the checkpoint when a model is built from its configuration.
+
+    A config.json may come from anyone. Backbones are built of transformers' and timm's own classes, on sizes that the
+    config gives; some of its settings make them run code of another repository, or read weights from elsewhere.
+
+    Args:
+        name: where the value stands, for errors.
+        value: a configuration, as its dictionary, or any part of one.
+        is_part: whether it belongs to a backbone, whose code is never the checkpoint's.
+
+    Raises:
+        ValueError: a backbone names code (`auto_map`); anything names weights or a file elsewhere (timm's
+            `checkpoint_path` and `hf-hub:` or `local-dir:` architectures, `use_pretrained_backbone`), a module to
+            import (peft's `megatron_core`), a kernel of the Hub, or a number beyond all bounds where it sizes memory.
+    """
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            where = f"{name}.{key}"
+            if _reaches_outside(str(key), part, is_part):
+                raise ValueError(
+                    f"{where}={part!r:.200} reaches beyond the checkpoint, which has all that its model needs: remove "
+                    "it from config.json if you trust where it came from."
+                )
+            refuse_outside(where, part, is_part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            refuse_outside(name, part, is_part)
+    else:
+        _refuse_numbers(name, value)
+
+
+def _reaches_outside(key: str, value: Any, is_part: bool) -> bool:
+    if key == "auto_map":
+        return is_part and bool(value)
+    if key in _IMPLEMENTATIONS:
+        return "/" in str(value)  # a kernel of the Hub, which transformers fetches and runs
+    if key == "architecture":
+        return ":" in str(value)  # timm reads the rest as a repository or a folder
+    return key in _REACHING and bool(value)
+
+
+def _refuse_numbers(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return
+    last = name.rpartition(".")[2]
+    bound = next((bound for sizing, bound in _BOUNDS if sizing.search(last)), None)
+    if bound is None:
+        return
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:  # a word
+        return
+    if not number <= bound:  # NaN, too
+        raise ValueError(f"{name}={value!r:.200} is beyond all models (at most {bound}): take another checkpoint.")
 
 
 def sub_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
@@ -183,4 +278,4 @@ def sub_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
 
 NoteLLM2Config.register_for_auto_class()
 
-__all__ = ["NoteLLM2Config", "check_head", "sub_config"]
+__all__ = ["NoteLLM2Config", "check_head", "check_num_visual_tokens", "refuse_outside", "sub_config"]

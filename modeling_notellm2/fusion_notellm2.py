@@ -11,9 +11,24 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .configuration_notellm2 import NoteLLM2Config
+
+SHORTEST = 1e-12
+"""Vectors that are shorter have no direction."""
+
+
+def unit_length(vectors: Tensor) -> Tensor:
+    """(…, d) float ─► (…, d) float32 (float64 of float64) of length 1; a vector without a direction becomes zero, and
+    gets no gradient.
+
+    `functional.normalize` gives such a vector a gradient of 10^12, which clipping would make the only one, and NaN in
+    float16, where its epsilon is zero.
+    """
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    is_zero = lengths < SHORTEST
+    return (vectors / lengths.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
 
 
 class GateOutput(nn.Linear):
@@ -86,7 +101,7 @@ class LateFusion(nn.Module):
     def _scale(self, states: Tensor) -> Tensor:
         if not self.normalize:
             return states
-        return functional.normalize(states, dim=-1) * math.sqrt(states.shape[-1])
+        return (unit_length(states) * math.sqrt(states.shape[-1])).to(states.dtype)
 
 
-__all__ = ["GateOutput", "LateFusion"]
+__all__ = ["GateOutput", "LateFusion", "unit_length"]

@@ -12,15 +12,18 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -30,7 +33,7 @@ from transformers.utils import ModelOutput, is_peft_available, logging
 
 from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
-from .fusion_notellm2 import GateOutput, LateFusion
+from .fusion_notellm2 import GateOutput, LateFusion, unit_length
 from .packing_notellm2 import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, pack, packed_states
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
 from .vision_notellm2 import VisionFeatures, VisionTower
@@ -42,7 +45,8 @@ if is_peft_available():
 logger = logging.get_logger(__name__)
 
 MAX_LOGIT_SCALE = math.log(100.0)
-"""Upper bound of `logit_scale`: the temperature never falls below 0.01 (the bound CLIP introduced)."""
+"""Upper bound of `logit_scale`: the temperature never falls below 0.01 (the bound CLIP introduced). Its negative is the
+lower bound: at a temperature of 100 all notes are alike, and far beyond it the scale would be 0."""
 
 Part = Literal["connector", "head", "llm"]
 
@@ -116,19 +120,27 @@ class StateStandardizer(nn.Module):
     @property
     def is_fitted(self) -> bool:
         """Whether `fit` has run, here or before the checkpoint was saved."""
-        return bool(self.mean.any())
+        return bool(self.mean.any()) or bool(self.scale != 1)  # a mean may be zero
 
     @torch.no_grad()
     def fit(self, states: Tensor) -> None:
         """Measure (N, d) states of at least two different notes: they come out with mean 0 and root mean square 1.
 
         Raises:
-            ValueError: all states are equal, or differ by rounding alone.
+            ValueError: all states are equal, or differ by rounding alone, or by less than float32 has normal numbers
+                for; one is not finite.
         """
+        if not bool(states.isfinite().all()):
+            broken = int((~states.isfinite().all(1)).sum())
+            raise ValueError(
+                f"the states of {broken} of {len(states)} notes hold NaN or infinity, and cannot be standardized: "
+                "check the LLM's weights, or compute them in float32."
+            )
         states = states.double()
         mean = states.mean(0)
         deviation = (states - mean).square().mean().sqrt()
-        if not deviation > SAME_STATES * mean.square().mean().sqrt():  # NaN of no states, too
+        least = (SAME_STATES * mean.square().mean().sqrt()).clamp(min=torch.finfo(torch.float32).tiny)
+        if not deviation > least:  # NaN of no states, too
             raise ValueError(f"the states of {len(states)} notes do not differ, and cannot be standardized.")
         self.mean.copy_(mean)
         self.scale.copy_(1 / deviation)
@@ -141,6 +153,10 @@ class StateStandardizer(nn.Module):
         """The identity."""
         nn.init.zeros_(self.mean)
         nn.init.ones_(self.scale)
+
+
+class NonFiniteError(ValueError):
+    """Numbers that are NaN or infinite. The message says whose they are, and the remedy."""
 
 
 class NoteEncoderMixin:
@@ -165,6 +181,7 @@ class NoteEncoderMixin:
         truncate_dim: int | None,
         processor: NoteLLM2Processor | None = None,
         vision_features: Callable[[Sequence[EncodedNote]], Mapping[str, Tensor]] | None = None,
+        check_finite: bool = True,
     ) -> Tensor:
         """(N, D) float32 on `device`; arguments and errors are those of `NoteLLM2PreTrainedModel.encode`."""
         if isinstance(notes, str | Mapping | Image.Image):
@@ -199,8 +216,14 @@ class NoteEncoderMixin:
         result = torch.cat(embeds) if embeds else torch.empty(0, dim, device=self.device)
         if len(rows) > len(result):
             result = result[rows]
+        if check_finite and not bool((is_finite := result.isfinite().all(1)).all()):
+            broken = (~is_finite).nonzero().flatten().tolist()
+            raise NonFiniteError(
+                f"the embeddings of {len(broken)} of {len(result)} notes are not finite, that of notes[{broken[0]}] "
+                "first: compute in float32 or bfloat16, or check the model's weights."
+            )
         if truncate_dim is not None:
-            result = functional.normalize(result[:, :truncate_dim], dim=-1)
+            result = unit_length(result[:, :truncate_dim])
         return result
 
     def _encode_window(
@@ -294,8 +317,20 @@ class NoteLLM2PreTrainedModel(PreTrainedModel, NoteEncoderMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as every model of transformers does; what the config says is fixed stays fixed."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """Load a checkpoint as every model of transformers does; what the config says is fixed stays fixed.
+
+        Raises:
+            OSError: the weights are not safetensors, or an adapter lies beside them, which would change them.
+        """
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if source is not None:
+            refuse_pickles(Path(source) / kwargs.get("subfolder", ""))
+        if (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") is not None:
+            raise OSError(
+                f"{str(source)!r} holds an adapter_config.json: the adapters of this model are in its own config and "
+                "weights (lora); remove the file."
+            )
+        loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         for name in model._fixed:  # loading made new parameters, all of which train
             model.get_parameter(name).requires_grad_(False)
@@ -347,8 +382,12 @@ class NoteLLM2PreTrainedModel(PreTrainedModel, NoteEncoderMixin):
         truncate_dim: int | None = None,
         processor: NoteLLM2Processor | None = None,
         vision_features: Callable[[Sequence[EncodedNote]], Mapping[str, Tensor]] | None = None,
+        check_finite: bool = True,
     ) -> np.ndarray | Tensor:
         """Notes ─► embeddings, in the notes' order.
+
+        The model computes as in evaluation mode, without dropout, whatever its mode, which it has again afterwards.
+        Several threads may encode with one model at once; none may train it meanwhile.
 
         Args:
             notes: mappings with `title`, `topics`, `content`, `image` (each optional), strings (a note's content) or
@@ -361,20 +400,20 @@ class NoteLLM2PreTrainedModel(PreTrainedModel, NoteEncoderMixin):
             processor: the processor to use; by default the one saved beside the model.
             vision_features: gives, for some notes, the frozen tower's output for their images as `forward` takes it
                 (`patch_embeds`, `pooled_embeds`, …), in place of running the tower; `index` is a note's position.
+            check_finite: refuse to return an embedding that is not finite; otherwise look for them yourself.
 
         Returns:
-            (N, D) float32, L2-normalised.
+            (N, D) float32, L2-normalised; zero where the state of a note is, which has no direction.
 
         Raises:
             NoteError: a note that cannot be read; names its index, the field and the remedy.
+            NonFiniteError: an embedding is NaN or infinite; names its note.
             ValueError: `notes` is a single note; `batch_size` or `truncate_dim` out of range.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            embeds = self._encode_all(notes, batch_size, show_progress_bar, truncate_dim, processor, vision_features)
-        finally:
-            self.train(was_training)
+        with _evaluation_mode(self):
+            embeds = self._encode_all(
+                notes, batch_size, show_progress_bar, truncate_dim, processor, vision_features, check_finite
+            )
         return embeds if convert_to_tensor else embeds.cpu().numpy()
 
     def _embed_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -440,12 +479,13 @@ class NoteLLM2PreTrainedModel(PreTrainedModel, NoteEncoderMixin):
             self.note_standardizer.fit(states.note_states)
 
     def _to_embeds(self, states: Tensor) -> Tensor:
-        return functional.normalize(self.head(states).float(), dim=-1)
+        return unit_length(self.head(states).float())
 
     def _scale(self) -> Tensor:
         scale = self.logit_scale.float().squeeze(0)
-        # The bound without its dead gradient: a clamped parameter could never come back.
-        return (scale - (scale - MAX_LOGIT_SCALE).clamp(min=0).detach()).exp()
+        # The bounds without their dead gradient: a clamped parameter could never come back.
+        bounded = scale.detach().clamp(-MAX_LOGIT_SCALE, MAX_LOGIT_SCALE)
+        return (bounded + (scale - scale.detach())).exp()
 
 
 class NoteLLM2Model(NoteLLM2PreTrainedModel):
@@ -462,6 +502,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         if config.text_config.model_type in PACKABLE_MODEL_TYPES and _attention(self.language_model) == "sdpa":
             self.language_model.set_attn_implementation(PACKED_ATTENTION)
+        self._max_tokens = _listed_positions(self.language_model)
         self.vision_tower = None
         if config.vision_config is not None:
             self.vision_tower = VisionTower(config.vision_config, config.freeze_vision_tower)
@@ -512,13 +553,16 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             if "num_visual_tokens" in config:
                 prompt["num_visual_tokens"] = config["num_visual_tokens"]
             processor = NoteLLM2Processor.from_backbones(llm, vision, **prompt)
-        text_config = AutoConfig.from_pretrained(llm).get_text_config(decoder=True)
+        text_config = AutoConfig.from_pretrained(llm, trust_remote_code=False).get_text_config(decoder=True)
         if num_text_layers is not None:
             _keep_layers(text_config, num_text_layers)
         vision_config = None
         if vision is not None:
-            whole = AutoConfig.from_pretrained(vision)
+            whole = AutoConfig.from_pretrained(vision, trust_remote_code=False)
             vision_config = getattr(whole, "vision_config", whole)
+        for part in (text_config, vision_config):
+            if part is not None:
+                adopt_config(part, dtype)
         settings = {
             "num_visual_tokens": processor.num_visual_tokens,
             **config,
@@ -526,9 +570,7 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             "image_embedding_token_id": processor.image_embedding_token_id,
         }
         whole_config = NoteLLM2Config(text_config=text_config, vision_config=vision_config, **settings)
-        for part in (text_config, vision_config, whole_config.qformer_config):
-            if part is not None:
-                adopt_config(part, dtype)
+        adopt_config(whole_config.qformer_config, dtype)
         # Built in `dtype`, not cast to it: a cast would also round the LLM's rotary frequencies.
         model = cls._from_config(whole_config, dtype=dtype)
         load_backbone(model.language_model, llm, text_config, dtype)
@@ -607,8 +649,14 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
             images: the other arguments of `forward`.
 
         Raises:
-            ValueError: the placeholders, the images and `has_image` do not agree.
+            ValueError: the placeholders, the images and `has_image` do not agree; a prompt is longer than the LLM's
+                table of positions.
         """
+        if self._max_tokens is not None and input_ids.shape[1] > self._max_tokens:
+            raise ValueError(
+                f"a note's prompt has {input_ids.shape[1]} tokens, and the LLM knows {self._max_tokens} positions: "
+                "lower the processor's max_content_tokens, max_title_tokens or max_topics_tokens."
+            )
         features, has_image = self._vision_inputs(input_ids, **images)
         inputs_embeds = self._embed(input_ids, features, has_image)
         if _attention(self.language_model) == PACKED_ATTENTION:
@@ -751,6 +799,35 @@ class NoteLLM2Model(NoteLLM2PreTrainedModel):
         return fuse(note_states), None if visual_states is None else fuse(visual_states), weights
 
 
+_MODES_LOCK = Lock()
+# model ─► how many threads have it in evaluation mode, and the modules that were training before the first did. Not an
+# attribute of the model, which copies and saved objects would take along.
+_MODES: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, until the last thread that is in such a context has left it; then each of its
+    modules in the mode that it had."""
+    with _MODES_LOCK:
+        threads, trained = _MODES.get(model, (0, []))
+        if not threads:
+            trained = [module for module in model.modules() if module.training]
+            for module in trained:
+                module.training = False
+        _MODES[model] = (threads + 1, trained)
+    try:
+        yield
+    finally:
+        with _MODES_LOCK:
+            threads, trained = _MODES.pop(model)
+            if threads > 1:
+                _MODES[model] = (threads - 1, trained)
+            else:
+                for module in trained:
+                    module.training = True
+
+
 def refuse_unknown_settings(config_class: type[PreTrainedConfig], settings: Mapping[str, Any]) -> None:
     """Raises ValueError for a setting that the config's class does not name: the config itself would keep it, as every
     config of transformers does."""
@@ -767,10 +844,20 @@ def _attention(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_attn_implementation", None)
 
 
+def _listed_positions(language_model: PreTrainedModel) -> int | None:
+    """How many positions an LLM has that looks them up in a table (GPT-2, OPT); None where it computes them."""
+    limit = getattr(language_model.config, "max_position_embeddings", None)
+    tables = [module for module in language_model.modules() if isinstance(module, nn.Embedding)]
+    tables = [table for table in tables if table is not language_model.get_input_embeddings()]
+    # OPT's has two rows more than positions.
+    return limit if limit and any(0 <= table.num_embeddings - limit <= 2 for table in tables) else None
+
+
 def adopt_config(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Make a backbone's configuration a part of ours: one dtype, as each was saved with its own, and no folder of this
-    machine, which has no place in a checkpoint."""
+    """Make a backbone's configuration a part of ours: one dtype, as each was saved with its own, no folder of this
+    machine, which has no place in a checkpoint, and no code, as the backbone is built of a class of transformers."""
     config.dtype = dtype
+    vars(config).pop("auto_map", None)
     if os.path.isdir(config._name_or_path):
         config._name_or_path = ""
     for name in config.sub_configs:
@@ -814,6 +901,18 @@ def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
 
 
+def refuse_pickles(source: str | os.PathLike) -> None:
+    """Raises OSError for a local folder whose weights are in pickles alone. Where there are safetensors, these are
+    read; of a Hub id, transformers says that it has none."""
+    folder = Path(source)
+    pickles = sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"{str(source)!r} holds its weights as pickles ({pickles[0]}), which can run code when they are loaded: "
+            "take a checkpoint with safetensors, or convert it where you trust it (save_pretrained writes them)."
+        )
+
+
 def load_backbone(target: nn.Module, source: str | os.PathLike, config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Copy a pretrained backbone's weights into the model; refuse a folder that lacks some.
 
@@ -821,9 +920,12 @@ def load_backbone(target: nn.Module, source: str | os.PathLike, config: PreTrain
     pooler is the exception (ViT checkpoints often lack theirs), as the class token is read instead.
     """
     verbosity = logging.get_verbosity()
+    refuse_pickles(source)
     logging.set_verbosity_error()  # what is left over (a language-model head, the text half of CLIP) needs no warning
     try:
-        backbone, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+        backbone, info = AutoModel.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
@@ -850,6 +952,7 @@ def _refuse_two_way_attention(language_model: nn.Module, source: str | os.PathLi
 NoteLLM2Model.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "NonFiniteError",
     "NoteLLM2Model",
     "NoteLLM2Output",
     "NoteLLM2PreTrainedModel",
@@ -858,5 +961,6 @@ __all__ = [
     "adopt_config",
     "last_token_states",
     "load_backbone",
+    "refuse_pickles",
     "refuse_unknown_settings",
 ]

@@ -90,6 +90,7 @@ class OnnxNoteEncoder(NoteEncoderMixin):
 
         Raises:
             NoteError: a note that cannot be read; names its index, the field and the remedy.
+            NonFiniteError: an embedding is NaN or infinite; names its note.
             ValueError: `notes` is a single note; `batch_size` or `truncate_dim` out of range.
         """
         return self._encode_all(notes, batch_size, show_progress_bar, truncate_dim).numpy()

@@ -23,7 +23,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 PACKED_ATTENTION = "notellm2_packed"
 """Name of the attention implementation that packs; for a batch that is not packed, the same as "sdpa"."""
 
-PACKABLE_MODEL_TYPES = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"})
+PACKABLE_MODEL_TYPES = frozenset(
+    {
+        "cohere",
+        "gemma",
+        "gemma3_text",
+        "gpt2",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    }
+)
 """LLMs that are known to pass their keywords on to each attention, and to tell positions by `position_ids` alone."""
 
 
@@ -35,27 +51,45 @@ class PackedBatch(NamedTuple):
         position_ids: (1, T) int64, their positions in their notes.
         rows: (B, S) int64, the packed tokens of each note, from its first to its last; any after that.
         places: (T,) int64, where in the flattened `rows` each of them stands first.
+        masks: window ─► (S, S) bool, True where a token sees another; made for the first layer that has the window.
     """
 
     tokens: Tensor
     position_ids: Tensor
     rows: Tensor
     places: Tensor
+    masks: dict[int, Tensor]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        """Each note's attention to itself: (1, H, T, d_h) queries, keys and values ─► (1, T, H, d_h)."""
+        """Each note's attention to itself: (1, H, T, d_h) queries, keys and values ─► (1, T, H, d_h).
+
+        Raises:
+            ValueError: the layer caps its logits or has an attention sink, which "sdpa" would leave out unsaid.
+        """
+        for name in ("softcap", "s_aux"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{type(module).__name__} attends with {name}, which packing does not know: use another attention, "
+                    'model.language_model.set_attn_implementation("eager").'
+                )
         query, key, value = (
             _take(states[0].transpose(0, 1), self.rows).transpose(1, 2) for states in (query, key, value)
         )
-        length, window = self.rows.shape[1], kwargs.get("sliding_window")
-        mask = None
-        if window is not None and length > window:
-            place = torch.arange(length, device=query.device)
-            distance = place.unsqueeze(1) - place
-            mask = (distance >= 0) & (distance < window)
+        mask = self._mask(kwargs.get("sliding_window"))
         attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
         attended, _ = attention(module, query, key, value, mask, **{**kwargs, "is_causal": mask is None})
         return attended.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        """(S, S) bool of a sliding window; None where no note is longer."""
+        length = self.rows.shape[1]
+        if window is None or length <= window:
+            return None
+        if window not in self.masks:
+            place = torch.arange(length, device=self.rows.device)
+            distance = place.unsqueeze(1) - place
+            self.masks[window] = (distance >= 0) & (distance < window)
+        return self.masks[window]
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, image_token_id: int) -> PackedBatch:
@@ -75,21 +109,24 @@ def pack(input_ids: Tensor, attention_mask: Tensor, image_token_id: int) -> Pack
     note = torch.arange(len(ids), device=input_ids.device)
     shared, owner = torch.zeros_like(note), note.clone()
     is_image = ids == image_token_id
+    # Without a question to the device, which would have to finish its work for the answer: a group may be empty.
     for group in (is_image.any(1), ~is_image.any(1)):  # their prompts differ
-        members = group.nonzero().squeeze(1)
-        if len(members) > 1:
-            same = (ids[members] == ids[members[0]]).all(0) & ~is_image[members[0]]
-            # The last token is each note's own: it is the one that is read.
-            same &= place < lengths[members].min() - 1
-            shared[members], owner[members] = same.int().cumprod(0).sum(), members[0]
+        leader = group.int().argmax(0, keepdim=True)  # (1,)
+        same = ((ids == ids[leader]) | ~group.unsqueeze(1)).all(0) & ~is_image[leader].squeeze(0)  # (S,)
+        # The last token is each note's own: it is the one that is read.
+        same &= place < lengths.masked_fill(~group, ids.shape[1]).min() - 1
+        shared = torch.where(group, same.int().cumprod(0).sum(), shared)
+        owner = torch.where(group, leader, owner)
     is_shared = place < shared.unsqueeze(1)
     is_computed = (place < lengths.unsqueeze(1)) & (~is_shared | (owner == note).unsqueeze(1))
     number = (is_computed.flatten().cumsum(0) - 1).clamp(min=0).view_as(ids)
+    places = is_computed.flatten().nonzero().squeeze(1)
     return PackedBatch(
-        tokens=(note.unsqueeze(1) * input_ids.shape[1] + columns)[is_computed],
-        position_ids=place.expand_as(ids)[is_computed].unsqueeze(0),
+        tokens=(note.unsqueeze(1) * input_ids.shape[1] + columns).flatten().index_select(0, places),
+        position_ids=(places % ids.shape[1]).unsqueeze(0),
         rows=torch.where(is_shared, number[owner], number),
-        places=is_computed.flatten().nonzero().squeeze(1),
+        places=places,
+        masks={},
     )
 
 

@@ -6,11 +6,9 @@ early or push the prompt's last word out.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,9 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeGuard, get_args
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
@@ -28,6 +25,9 @@ from transformers.dynamic_module_utils import custom_object_save
 # Not from the top: transformers 5.6 hides it there without torchvision, which its PIL backend does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ProcessorMixin
+
+from .configuration_notellm2 import check_num_visual_tokens
+from .image_notellm2 import ImageError, check_image, decode_image, image_value, read_bytes, shown
 
 IMAGE_TOKEN = "<IMG>"
 IMAGE_EMBEDDING_TOKEN = "<IMG_EMB>"
@@ -155,8 +155,8 @@ class EncodedNote:
         elif isinstance(self.image, bytes):
             content.update(self.image)
         elif isinstance(self.image, str | os.PathLike):
-            with suppress(OSError):  # `load_image` will name it
-                content.update(Path(self.image).read_bytes())
+            with suppress(ImageError):  # `load_image` will name it
+                content.update(read_bytes(self.image))
         elif self.image is not None:
             return None
         return content.digest()
@@ -228,14 +228,14 @@ class NoteLLM2Processor(ProcessorMixin):
         ):
             if value not in get_args(choices):
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {get_args(choices)}.")
-        for name, number, least in (
-            ("num_visual_tokens", num_visual_tokens, 1),
-            ("max_title_tokens", max_title_tokens, 0),
-            ("max_topics_tokens", max_topics_tokens, 0),
-            ("max_content_tokens", max_content_tokens, 0),
+        check_num_visual_tokens(num_visual_tokens)
+        for name, number in (
+            ("max_title_tokens", max_title_tokens),
+            ("max_topics_tokens", max_topics_tokens),
+            ("max_content_tokens", max_content_tokens),
         ):
-            if number < least:
-                raise ValueError(f"{name}={number} must be at least {least}.")
+            if number < 0:
+                raise ValueError(f"{name}={number} must be at least 0.")
         if tokenizer is None or not hasattr(tokenizer, "backend_tokenizer"):
             raise ValueError(
                 f"tokenizer={type(tokenizer).__name__} has no `tokenizers` backend, which hostile text needs: load it "
@@ -266,7 +266,8 @@ class NoteLLM2Processor(ProcessorMixin):
         """Take the tokenizer of an LLM and the image processor of a vision tower (local folders or Hub ids)."""
         if vision is None:
             settings.setdefault("prompt", "text")
-        return cls(_load_image_processor(vision), AutoTokenizer.from_pretrained(llm), **settings)
+        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
+        return cls(_load_image_processor(vision), tokenizer, **settings)
 
     @property
     def image_token_id(self) -> int:
@@ -317,8 +318,8 @@ class NoteLLM2Processor(ProcessorMixin):
         image = _image_reference(fields.get("image"), index)
         if image is None and not any(texts.values()):
             raise NoteError(
-                f"notes[{index}] has neither text nor image (its keys: {sorted(map(str, fields))}): fill one of title, "
-                "topics, content, image, or leave the note out."
+                f"notes[{index}] has neither text nor image (its keys: {shown(sorted(map(str, fields)))}): fill one of "
+                "title, topics, content, image, or leave the note out."
             )
         if self.image_processor is None:
             if not any(texts.values()):
@@ -440,18 +441,17 @@ class NoteLLM2Processor(ProcessorMixin):
             text = text[: 64 * max_tokens]
         encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
         unknown = self.tokenizer.unk_token_id
+        spelled: dict[str, list[int]] = {}  # so that a run of one letter, however long, is tokenised once
         ids: list[int] = []
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id not in self._structure_ids:
                 ids.append(token_id)
                 continue
             # Some vocabularies also spell a control token in plain letters; its letters one by one cannot be it.
-            letters = [
-                letter_id
-                for letter in text[start:end]
-                for letter_id in self._text_tokenizer.encode(letter, add_special_tokens=False).ids
-                if letter_id == unknown or letter_id not in self._structure_ids
-            ]
+            for letter in set(text[start:end]) - spelled.keys():
+                letter_ids = self._text_tokenizer.encode(letter, add_special_tokens=False).ids
+                spelled[letter] = [i for i in letter_ids if i == unknown or i not in self._structure_ids]
+            letters = [letter_id for letter in text[start:end] for letter_id in spelled[letter]]
             # A run of letters that the vocabulary lacks is one unknown token, as it was.
             ids += letters if set(letters) != {unknown} else [unknown]
         return ids[:max_tokens]
@@ -511,13 +511,6 @@ def _check_template(name: str, template: str) -> None:
         )
 
 
-def _shown(value: Any) -> str:
-    """A value in an error message, short however long the value is."""
-    shortener = reprlib.Repr()
-    shortener.maxstring = shortener.maxother = 200
-    return shortener.repr(os.fspath(value) if isinstance(value, os.PathLike) else value)
-
-
 def _as_mapping(note: Any, index: int) -> Mapping[str, Any]:
     if isinstance(note, Mapping):
         return note
@@ -538,11 +531,11 @@ def _field_text(value: Any, field: str, index: int) -> str:
     if field == "topics" and isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for topic in value:
             if not isinstance(topic, str):
-                raise NoteError(f"notes[{index}].topics holds {_shown(topic)}: every topic must be a string.")
+                raise NoteError(f"notes[{index}].topics holds {shown(topic)}: every topic must be a string.")
         value = ", ".join(value)
     if not isinstance(value, str):
         kind = "a string or a list of strings" if field == "topics" else "a string"
-        raise NoteError(f"notes[{index}].{field} is {_shown(value)} ({type(value).__name__}): pass {kind}, or None.")
+        raise NoteError(f"notes[{index}].{field} is {shown(value)} ({type(value).__name__}): pass {kind}, or None.")
     return " ".join(value.encode("utf-8", "replace").decode("utf-8").split())
 
 
@@ -552,79 +545,51 @@ def has_image(note: Mapping[str, Any]) -> bool:
     >>> has_image({"image": "vase.jpg"}), has_image({"image": ""}), has_image({"title": "Vase"})
     (True, False, False)
     """
-    return _image_value(note.get("image")) is not None
-
-
-def _image_value(value: Any) -> Any:
-    if isinstance(value, Mapping):  # an undecoded image of `datasets`
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    return None if isinstance(value, str) and not value else value
+    return image_value(note.get("image")) is not None
 
 
 def _image_reference(value: Any, index: int) -> Any:
     """Check an image's kind without decoding it; None where there is none."""
-    value = _image_value(value)
-    if value is None:
-        return None
-    if isinstance(value, str | os.PathLike):
-        if "://" in str(value):
-            raise NoteError(f"notes[{index}].image is the address {_shown(value)}: download it and pass a path.")
-        if not os.path.isfile(value):
-            raise NoteError(
-                f"notes[{index}].image: no file {_shown(value)}. Give an existing path, or leave the "
-                "image out (None, an empty cell)."
-            )
-        return value
-    if isinstance(value, np.ndarray) and value.dtype != np.uint8:
-        raise NoteError(f"notes[{index}].image is an array of {value.dtype}: pass uint8 values from 0 to 255.")
-    if isinstance(value, Image.Image | bytes | np.ndarray):
-        return value
-    raise NoteError(
-        f"notes[{index}].image is a {type(value).__name__}: pass a PIL image, a path, the bytes of an image file, or a "
-        "uint8 array (H, W, 3)."
-    )
+    try:
+        return check_image(value)
+    except ImageError as error:
+        raise _image_error(index, error) from (error.__cause__ or error)
+
+
+def read_image_file(path: str | os.PathLike, index: int = 0) -> bytes:
+    """The content of an image's file, bounded as `image_notellm2` says. `index` and errors as for `read_image`."""
+    try:
+        return read_bytes(path)
+    except ImageError as error:
+        raise _image_error(index, error) from (error.__cause__ or error)
 
 
 def read_image(value: Any, index: int = 0) -> Image.Image:
     """An RGB picture, turned the way its EXIF data says, transparent parts on white.
 
     Args:
-        value: a note's `image`.
+        value: a note's `image`; see `image_notellm2.check_image`.
         index: position of the note, named in errors.
 
     Raises:
-        NoteError: it is no image, or cannot be read.
+        NoteError: it is no image, exceeds a bound of `image_notellm2`, or cannot be read.
     """
-    value = _image_reference(value, index)
     try:
-        if isinstance(value, np.ndarray):
-            picture = Image.fromarray(value)
-        elif isinstance(value, Image.Image):
-            picture = value
-        else:
-            picture = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-        if picture.mode.startswith("I;16"):  # Pillow would cut 16 bits at 255, not scale them
-            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-        elif picture.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {picture.mode} have no known range; convert them to 8 bits")
-        picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            return Image.alpha_composite(white, picture).convert("RGB")
-        return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        shown = _shown(value) if isinstance(value, str | os.PathLike) else f"a {type(value).__name__}"
-        raise NoteError(
-            f"notes[{index}].image ({shown}) cannot be read ({error}): replace it, or set it to None to encode "
-            "the text alone."
-        ) from error
+        return decode_image(value)
+    except ImageError as error:
+        raise _image_error(index, error) from (error.__cause__ or error)  # what may pass is told by its cause
+
+
+def _image_error(index: int, error: ImageError) -> NoteError:
+    return NoteError(f"notes[{index}].image: {error}")
 
 
 def _load_image_processor(source: str | os.PathLike | None, **hub: Any) -> Any:
     """The PIL backend wherever there is one: the torchvision backend resizes a little differently, and embeddings must
     not depend on whether torchvision is installed."""
-    return None if source is None else AutoImageProcessor.from_pretrained(source, backend="pil", **hub)
+    if source is None:
+        return None
+    return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **hub)
 
 
 def _image_processor_dict(image_processor: Any) -> dict[str, Any]:
@@ -673,4 +638,5 @@ __all__ = [
     "has_image",
     "prompt_template",
     "read_image",
+    "read_image_file",
 ]

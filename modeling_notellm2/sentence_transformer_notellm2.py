@@ -18,6 +18,7 @@ from transformers.utils.versions import require_version
 from .configuration_notellm2 import NoteLLM2Config  # noqa: F401
 from .connector_notellm2 import build_connector  # noqa: F401
 from .fusion_notellm2 import LateFusion  # noqa: F401
+from .image_notellm2 import ImageError  # noqa: F401
 from .modeling_notellm2 import NoteLLM2Model
 from .packing_notellm2 import pack  # noqa: F401
 from .processing_notellm2 import NoteLLM2Processor

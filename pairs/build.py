@@ -9,6 +9,7 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -16,11 +17,12 @@ import pyarrow as pa
 from datasets import Dataset
 from ibis import _
 
+from pairs.disk import alone_at
 from pairs.engines import Engine, EngineName, connect
 from pairs.files import refuse_unwritable
 from pairs.options import add_options, parsed_options
 from pairs.query import PairOptions, count_pairs, name_pairs, rank_pairs, related_pairs
-from pairs.tables import load_notes, write_table
+from pairs.tables import ANYWHERE, load_notes, write_table
 from pairs.views import RULES, ViewOptions, broken_rules_text, list_offenders, read_views
 
 
@@ -120,11 +122,13 @@ def main(argv: list[str] | None = None) -> None:
     in_one_file = bool(Path(args.output).suffix)
     try:
         options, view_options = parsed_options(args, PairOptions), parsed_view_options(args)
-        note_ids = load_notes(args.notes)["note_id"] if args.notes else None
+        note_ids = load_notes(args.notes, ANYWHERE)["note_id"] if args.notes else None
         # Before the work, not after it.
         for path in [args.output] * in_one_file + [args.offenders] * bool(args.offenders):
             refuse_unwritable(path)
-        with opened_engine(args) as engine:
+        # DuckDB has a folder for itself while it writes it, and so has an object store.
+        place = alone_at(args.output) if in_one_file else nullcontext()
+        with place, opened_engine(args) as engine:
             if not in_one_file:
                 engine.refuse_existing(args.output)
             views = read_views(engine, args.views, view_options, note_ids)
@@ -139,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 engine.write_folder(pairs, args.output)
             viewed = views.log.notes.filter(_.users > 0)
             notes, rows, with_pairs = (engine.count(table) for table in (viewed, ranked, ranked.filter(_.rank == 1)))
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     sys.stdout.write(
         f"{views.kept:,} views of {notes:,} notes by {views.log.num_users:,} users ─► {rows:,} pairs of "

@@ -27,6 +27,8 @@ import ibis
 import pyarrow as pa
 from ibis.expr import types as ir
 
+from pairs.disk import disk_trouble, new_folder
+
 if TYPE_CHECKING:  # Spark is an extra
     from pyspark.sql import DataFrame, SparkSession
 
@@ -120,7 +122,8 @@ class Engine(ABC):
         """Writes the result as Parquet files into a new folder, here or on an object store.
 
         Raises:
-            ValueError: something is at `path` already.
+            ValueError: something is at `path` already, or another run is writing there.
+            DiskError: the disk is full.
         """
 
     @abstractmethod
@@ -182,14 +185,15 @@ class DuckDBEngine(Engine):
         self._folder = tempfile.TemporaryDirectory(prefix="notellm2-pairs-", dir=temp_dir)
         folder = Path(self._folder.name)
         self._memory_gb = memory_gb
-        self.backend = ibis.duckdb.connect(
-            folder / "views.duckdb",
-            memory_limit=f"{memory_gb}GB",
-            temp_directory=str(folder / "spill"),
-            # Tables have no order of rows that anything relies on; keeping one costs memory.
-            preserve_insertion_order=False,
-        )
-        self.backend.raw_sql("SET TimeZone = 'UTC'")
+        with self._errors():
+            self.backend = ibis.duckdb.connect(
+                folder / "views.duckdb",
+                memory_limit=f"{memory_gb}GB",
+                temp_directory=str(folder / "spill"),
+                # Tables have no order of rows that anything relies on; keeping one costs memory.
+                preserve_insertion_order=False,
+            )
+            self.backend.raw_sql("SET TimeZone = 'UTC'")
         self.show_progress = show_progress
 
     def read(self, path: str, columns: tuple[str, str, str]) -> ir.Table:
@@ -235,6 +239,9 @@ class DuckDBEngine(Engine):
             cursor = self.backend.raw_sql(query)
             return [row[:2] for row in cursor.fetchall()] if rows else []
         except duckdb.Error as error:
+            if disk_trouble(error) is not None:  # of the intermediate tables
+                with self._errors():
+                    raise
             raise ValueError(f"{path}: not readable ({_gist(error)}); repair or convert it.") from error
 
     def _register(self, filesystem: fsspec.AbstractFileSystem) -> None:
@@ -243,7 +250,8 @@ class DuckDBEngine(Engine):
             self.backend.register_filesystem(filesystem)
 
     def from_arrow(self, table: pa.Table) -> ir.Table:
-        return self.backend.create_table(_new_name(), table)
+        with self._errors():
+            return self.backend.create_table(_new_name(), table)
 
     def keep(self, expression: ir.Table, cluster_by: str | None = None) -> ir.Table:
         # A hash join of rows that lie as their keys do is four times as fast: the processor's cache holds what it
@@ -286,9 +294,12 @@ class DuckDBEngine(Engine):
         self._register(filesystem)
         if "file" not in _protocols(filesystem):
             target = filesystem.unstrip_protocol(target)
-        filesystem.makedirs(target, exist_ok=True)
-        with self._errors():
-            expression.to_parquet(f"{target}/part-0.parquet")
+            filesystem.makedirs(target, exist_ok=True)
+            with self._errors():
+                expression.to_parquet(f"{target}/part-0.parquet")
+            return
+        with new_folder(target) as folder, self._errors():
+            expression.to_parquet(folder / "part-0.parquet")
 
     def close(self) -> None:
         self.backend.disconnect()

@@ -2,13 +2,14 @@
 
 Every table is a `datasets.Dataset`, that is, an Arrow table. Ids are text: "007" in a CSV file must not become 7, so a
 caller names the columns to be read as text and only the others have their types inferred. A file is written beside its
-final place and then renamed, so that a reader never sees half of it.
+final place and then renamed, so that a reader never sees half of it; pages of Parquet files carry checksums, which
+reading compares.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.fingerprint import generate_random_fingerprint
+
+from pairs.disk import new_file
 
 
 def to_arrow(dataset: Dataset) -> pa.Table:
@@ -41,13 +44,11 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
     if source.is_file():
         if source.suffix not in _READERS:
             raise ValueError(f"{path}: unknown kind of table {source.suffix!r}; use one of {', '.join(_READERS)}.")
-        try:
+        with named_faults(path):
+            table = _READERS[source.suffix](source, text_columns)
+            refuse_repeated_columns(table.column_names, path)
             # Without a fingerprint given, datasets would copy all rows into memory to hash them.
-            return Dataset(_READERS[source.suffix](source, text_columns), fingerprint=generate_random_fingerprint())
-        except pa.ArrowInvalid as error:
-            raise ValueError(
-                f"{path}: not a readable {source.suffix} table ({error}); repair or convert it."
-            ) from error
+            return Dataset(table, fingerprint=generate_random_fingerprint())
     if source.is_dir() and any((source / name).is_file() for name in ("state.json", "dataset_dict.json")):
         loaded = load_from_disk(str(source))
     elif source.is_dir() or _may_be_hub_id(path):
@@ -66,6 +67,26 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> Dataset:
     return loaded
 
 
+@contextmanager
+def named_faults(path: str | Path) -> Iterator[None]:
+    """Turns what Arrow and Python raise on a table's damaged file into a ValueError that names it. Trouble of the
+    machine, which has a number, stays an OSError."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        kind = Path(path).suffix
+        raise ValueError(f"{path}: not a readable {kind} table ({error}); repair or convert it, as UTF-8.") from error
+
+
+def refuse_repeated_columns(names: Sequence[str], path: str | Path) -> None:
+    """Raises ValueError for two columns of one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{path}: {names.count(name)} columns {name!r}; keep one.")
+
+
 def write_file(batches: Iterator[pa.Table], schema: pa.Schema, path: str | Path) -> None:
     """Writes a table as .parquet, .csv, .jsonl or .arrow, by the ending of `path`; folders are made, an old file is
     replaced.
@@ -78,21 +99,11 @@ def write_file(batches: Iterator[pa.Table], schema: pa.Schema, path: str | Path)
     Raises:
         ValueError: the ending is another one, or a column cannot be said in this kind of file (lists in CSV, bytes in
             JSON lines).
+        DiskError: the disk is full, or cannot be written for another cause.
     """
     refuse_unwritable(path)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        _WRITERS[target.suffix](batches, schema, Path(temporary))
-        umask = os.umask(0)  # mkstemp makes files that only their owner can read; a table is an ordinary file
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with new_file(path) as unfinished:
+        _WRITERS[Path(path).suffix](batches, schema, unfinished)
 
 
 def refuse_unwritable(path: str | Path) -> None:
@@ -103,22 +114,20 @@ def refuse_unwritable(path: str | Path) -> None:
         raise ValueError(f"{path}: unknown kind of table {Path(path).suffix!r}; use one of {', '.join(_WRITERS)}.")
 
 
-def refuse_taken(folder: str | Path) -> None:
-    """Raises FileExistsError where a new folder cannot be written: something is there, other than an empty folder."""
-    place = Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise FileExistsError(f"folder={str(folder)!r} exists: give another name, or delete it first.")
-
-
 def _may_be_hub_id(path: str | Path) -> bool:
     """Whether `path` is spelled as "name" or "owner/name", and not as a file or an absolute or dotted path."""
     text = str(path)
     return not text.startswith((".", "/", "~")) and text.count("/") <= 1 and Path(text).suffix not in _READERS
 
 
+_CSV_BLOCK = 2**26  # bytes: a row must fit in; Arrow's own megabyte would let one long text refuse a whole table
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def _read_csv(path: Path, text_columns: Collection[str]) -> pa.Table:
     return pa_csv.read_csv(
         path,
+        read_options=pa_csv.ReadOptions(block_size=_CSV_BLOCK),
         parse_options=pa_csv.ParseOptions(newlines_in_values=True),
         convert_options=pa_csv.ConvertOptions(column_types={name: pa.string() for name in text_columns}),
     )
@@ -127,13 +136,17 @@ def _read_csv(path: Path, text_columns: Collection[str]) -> pa.Table:
 def _read_jsonl(path: Path, text_columns: Collection[str]) -> pa.Table:
     # Line by line: Arrow's own reader turns texts that look like dates into timestamps.
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if _SURROGATE.search(line):
+                    row = _without_surrogates(row)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error}); convert the file.") from error
+            except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
                 raise ValueError(f"{path}, line {number}: not JSON ({error}); write one object a line.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: {type(row).__name__} found; write one object a line.")
@@ -146,13 +159,28 @@ def _read_jsonl(path: Path, text_columns: Collection[str]) -> pa.Table:
             values = [str(value) if isinstance(value, int | float) else value for value in values]
         try:
             columns[name] = pa.array(values)
+        except OverflowError as error:
+            raise ValueError(
+                f"{path}: column {name!r} holds a number beyond 64 bits ({error}); write it as text."
+            ) from error
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(f"{path}: column {name!r} mixes types ({error}); use one type for it.") from error
     return pa.table(columns)
 
 
+def _without_surrogates(value: Any) -> Any:
+    """Half of a pair of surrogates, as of an emoji that was cut, is "?", as the processor reads it: no note is lost."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return value
+
+
 def _read_parquet(path: Path, text_columns: Collection[str]) -> pa.Table:
-    return pq.read_table(path, memory_map=True)  # a Parquet file states its types
+    return pq.read_table(path, memory_map=True, page_checksum_verification=True)  # it states its types
 
 
 def _read_arrow(path: Path, text_columns: Collection[str]) -> pa.Table:
@@ -180,7 +208,7 @@ def _write_jsonl(batches: Iterator[pa.Table], schema: pa.Schema, path: Path) -> 
 
 
 def _write_parquet(batches: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         for table in batches:
             writer.write_table(table)
 

@@ -1,11 +1,10 @@
 """Images of notes: which can be read, and which look alike.
 
-An image is decoded as the processor decodes it, but without importing torch: every worker process imports this file.
+An image is decoded as the processor decodes it (see `pairs.decoding`).
 Two images look alike if their perceptual hashes differ in few bits. They are found without comparing all with all: cut
 into d + 2 blocks, two hashes that differ in at most d bits agree in two blocks at least (the pigeonhole principle).
 """
 
-import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,9 +15,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from pairs.tables import is_url
+from pairs.decoding import OUTSIDE, decode_image, is_address, shown
 
 HASH_BITS = 64
 MAX_DISTANCE = 10  # beyond it different pictures are "alike", and the blocks are too short to find them quickly
@@ -31,35 +30,13 @@ class CheckedImage(NamedTuple):
 
     Attributes:
         hash: 64-bit pHash; None if the image cannot be read.
-        fault: "url", "missing" or "unreadable"; None if the image can be read.
+        fault: "url", "outside", "missing" or "unreadable"; None if the image can be read.
         detail: what is wrong, in words; "" if nothing is.
     """
 
     hash: int | None
     fault: str | None
     detail: str
-
-
-def decode_image(source: str | bytes) -> Image.Image:
-    """Decodes a whole image as the processor does: RGB, turned the way its EXIF data says, transparent parts on white.
-
-    Args:
-        source: path or content of an image file.
-
-    Raises:
-        OSError, ValueError, PIL.Image.DecompressionBombError and what else Pillow raises: the image cannot be read.
-    """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-        picture: Image.Image = opened
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-        elif picture.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {picture.mode} have no known range; convert them to 8 bits")
-        picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
 
 
 def perceptual_hash(picture: Image.Image) -> int:
@@ -95,22 +72,18 @@ def check_image(source: str | bytes) -> CheckedImage:
         ImportError: imagehash is not installed.
     """
     _imagehash()  # below, its absence would pass for a fault of the image
-    if isinstance(source, str) and is_url(source):
-        return CheckedImage(None, "url", f"{source} is a URL")
+    if isinstance(source, str) and source.startswith(OUTSIDE):
+        return CheckedImage(None, "outside", shown(source.removeprefix(OUTSIDE)))
+    if isinstance(source, str) and is_address(source):
+        return CheckedImage(None, "url", f"{shown(source)} is a URL")
     if isinstance(source, str) and not os.path.isfile(source):
-        return CheckedImage(None, "missing", f"no file {source}")
+        return CheckedImage(None, "missing", f"no file {shown(source)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on images that it reads all the same
             return CheckedImage(perceptual_hash(decode_image(source)), None, "")
-    except UnidentifiedImageError:  # its own message repeats the path, or tells an address in memory
-        return _unreadable(source, "no image of a kind that Pillow reads")
-    except Exception as error:  # a broken file may make Pillow raise nearly anything
-        return _unreadable(source, f"{type(error).__name__}: {error}")
-
-
-def _unreadable(source: str | bytes, complaint: str) -> CheckedImage:
-    return CheckedImage(None, "unreadable", f"{source}: {complaint}" if isinstance(source, str) else complaint)
+    except ValueError as error:  # its words name the image
+        return CheckedImage(None, "unreadable", str(error))
 
 
 def check_images(sources: Iterable[str | bytes], workers: int) -> Iterator[CheckedImage]:
@@ -152,7 +125,8 @@ def _check_one_by_one(sources: Iterable[str | bytes]) -> Iterator[CheckedImage]:
                 yield pool.submit(check_image, source).result()
             except BrokenProcessPool:
                 pool = ProcessPoolExecutor(1)
-                yield _unreadable(source, "the process that decoded it died")
+                what = shown(source) if isinstance(source, str) else "an image inside the table"
+                yield CheckedImage(None, "unreadable", f"{what}: the process that decoded it died")
     finally:
         pool.shutdown(cancel_futures=True)
 

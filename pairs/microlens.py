@@ -9,7 +9,8 @@ Content-Driven Micro-Video Recommendation Dataset at Scale", arXiv:2309.15379); 
 
     python -m pairs.microlens --pairs MicroLens-50k_pairs.csv --titles MicroLens-50k_titles.csv \\
         --covers MicroLens-50k_covers --output microlens
-    python -m pairs.split --notes microlens/notes.parquet --views microlens/views.parquet --output splits --score cosine
+    python -m pairs.split --notes microlens/notes.parquet --views microlens/views.parquet --output splits \\
+        --image-root MicroLens-50k_covers --score cosine
 
 A title is a whole caption, hashtags included: train with a larger max_title_tokens than the default.
 """

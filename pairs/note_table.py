@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 
-from pairs.files import read_table, to_arrow
+from pairs.files import named_faults, read_table, refuse_repeated_columns, to_arrow
 from pairs.tables import NOTE_COLUMNS, to_notes
 
 ROWS_AT_ONCE = 1000
@@ -27,21 +27,22 @@ class NoteTable:
 
     Args:
         path: what `pairs.files.read_table` takes.
+        image_root: the folder that images must lie in; None: the table's. See `pairs.tables.read_notes`.
 
     Raises:
         FileNotFoundError: no such table.
         ValueError: it cannot be read; no column of note ids, or none of what a note holds.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, image_root: str | Path | None = None) -> None:
         self.path = path
+        self.image_root = image_root
         self._parquet: Any = None  # one of the two
         self._dataset: Any = None
         if Path(path).is_file() and Path(path).suffix == ".parquet":
-            try:
+            with named_faults(path):
                 self._parquet = pq.ParquetFile(path, memory_map=True)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{path}: not a readable .parquet table ({error}); repair or convert it.") from error
+            refuse_repeated_columns(self._parquet.schema_arrow.names, path)
         else:
             self._dataset = read_table(path, NOTE_COLUMNS)
         self._refuse_other_columns()
@@ -101,14 +102,16 @@ class NoteTable:
     def _tables(self, start: int, stop: int, names: Iterable[str]) -> Iterator[pa.Table]:
         """The rows [start, stop) as tables of at most `ROWS_AT_ONCE` rows."""
         if self._parquet is not None:
-            for table in _parquet_rows(self._parquet, start, stop, names):
-                # Without a fingerprint given, datasets would hash all rows.
-                dataset = Dataset(table, fingerprint=generate_random_fingerprint())
-                yield to_arrow(to_notes(dataset, self.path))
+            with named_faults(self.path):
+                for table in _parquet_rows(self._parquet, start, stop, names):
+                    # Without a fingerprint given, datasets would hash all rows.
+                    dataset = Dataset(table, fingerprint=generate_random_fingerprint())
+                    yield to_arrow(to_notes(dataset, self.path, self.image_root))
             return
         dataset = self._dataset.select_columns([name for name in self._dataset.column_names if name in set(names)])
         for first in range(start, stop, ROWS_AT_ONCE):
-            yield to_arrow(to_notes(dataset.select(range(first, min(first + ROWS_AT_ONCE, stop))), self.path))
+            rows = dataset.select(range(first, min(first + ROWS_AT_ONCE, stop)))
+            yield to_arrow(to_notes(rows, self.path, self.image_root))
 
 
 def _parquet_rows(file: pq.ParquetFile, start: int, stop: int, names: Iterable[str]) -> Iterator[pa.Table]:

@@ -34,7 +34,7 @@ from pairs.build import add_engine_options, add_view_options, opened_engine, par
 from pairs.engines import Engine
 from pairs.options import add_options, parsed_options
 from pairs.query import SECONDS_PER_DAY, PairOptions, Score, ViewLog, count_pairs, exactly, rank_pairs
-from pairs.tables import load_notes
+from pairs.tables import ANYWHERE, load_notes
 from pairs.views import RULES, ReadViews, Rule, ViewOptions, broken_rules_text, read_views
 
 if TYPE_CHECKING:  # matplotlib is an extra
@@ -808,7 +808,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.k < 1:
             raise ValueError(f"k={args.k}: give 1 or more.")
         _need_matplotlib()  # now, not after all the counting
-        note_ids = load_notes(args.notes)["note_id"] if args.notes else None
+        note_ids = load_notes(args.notes, ANYWHERE)["note_id"] if args.notes else None
         with opened_engine(args) as engine:
             views = read_views(engine, args.views, view_options, note_ids)
             report = report_views(engine, views, options, args.scores, args.k)

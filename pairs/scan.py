@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from pairs.files import to_arrow
 from pairs.images import HASH_BITS, MAX_DISTANCE, CheckedImage, check_images, first_lookalikes
-from pairs.tables import TEXT_COLUMNS, load_pairs, read_notes, write_table
+from pairs.tables import IMAGE_ROOT_HELP, TEXT_COLUMNS, load_pairs, read_notes, write_table
 
 # Each finding: of what its share is told, and what it is.
 FINDINGS: dict[str, tuple[str, str]] = {
@@ -35,8 +35,9 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "no_text": ("notes", "no title, topics or content"),
     "no_text_no_image": ("notes", "neither text nor image (these are among no_text, too)"),
     "url_image": ("images", "a URL in place of a path"),
+    "outside_image": ("images", "a path out of the folder that images must lie in"),
     "missing_image": ("images", "no such file"),
-    "unreadable_image": ("images", "corrupt, truncated, too large (a decompression bomb) or of an unknown kind"),
+    "unreadable_image": ("images", "corrupt, truncated, too large or too long (a bomb) or of an unknown kind"),
     "near_duplicate_image": ("images", "looks like the image of an earlier row"),
     "unknown_note": ("pairs", "a pair of a note that the notes lack (its row is that of the pairs)"),
 }
@@ -236,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--notes", required=True, help="table of notes: note_id, title, topics, content, image")
+    parser.add_argument("--image-root", metavar="DIR", help=IMAGE_ROOT_HELP)
     parser.add_argument("--pairs", help="table of pairs, to look for notes that it names and the notes lack")
     parser.add_argument("--output", required=True, help="folder for offenders.parquet and scan.json")
     parser.add_argument(
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         scan = scan_notes(
-            read_notes(args.notes),
+            read_notes(args.notes, args.image_root),
             load_pairs(args.pairs) if args.pairs is not None else None,
             max_distance=args.max_distance,
             workers=args.workers,

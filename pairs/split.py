@@ -8,7 +8,7 @@ no split; it is counted.
     DIR/{train,validation,test}/notes.arrow     read from disk as they are asked for, not into memory
     DIR/{train,validation,test}/pairs.parquet
     DIR/{validation,test}/subsets.parquet       see pairs.subsets
-    DIR/splits.json                             options and counts; written last
+    DIR/splits.json                             options, counts and checksums of the files above; written last
 
     python -m pairs.split --notes notes.csv --views views.csv --output DIR --score cosine --min-count 2
 """
@@ -32,18 +32,20 @@ from ibis import _
 from ibis.expr import types as ir
 
 from pairs.build import add_engine_options, add_view_options, opened_engine, parsed_view_options
+from pairs.disk import UNFINISHED, DamagedError, alone_in, new_file, remove, sha256
 from pairs.engines import Engine, connect
 from pairs.files import to_arrow
 from pairs.options import add_options, parsed_options
 from pairs.query import SECONDS_PER_DAY, PairOptions, ViewLog, count_pairs, name_pairs, rank_pairs, view_log
 from pairs.subsets import pair_subsets
-from pairs.tables import load_notes, load_pairs, write_table
+from pairs.tables import IMAGE_ROOT_HELP, load_notes, load_pairs, load_written_notes, write_table
 from pairs.views import ReadViews, ViewOptions, broken_rules_text, read_views
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 SplitBy = Literal["note", "time", "both"]
+_FILES = ("notes.arrow", "pairs.parquet", "subsets.parquet")
 
 
 class NotesAndPairs(NamedTuple):
@@ -155,12 +157,26 @@ def make_splits(
 
     Raises:
         FileNotFoundError: nothing is at `views`.
-        ValueError: see `split_notes` and `read_views`; periods that leave no views for training.
+        ValueError: see `split_notes` and `read_views`; periods that leave no views for training; another run is writing
+            into `output_dir`.
+        DiskError: the disk is full.
     """
     if engine is None:
         with connect() as engine:
             return make_splits(notes, views, options, split, output_dir, view_options=view_options, engine=engine)
-    output, view_options = Path(output_dir), view_options or ViewOptions()
+    with alone_in(output_dir):
+        return _make_splits(notes, views, options, split, Path(output_dir), view_options or ViewOptions(), engine)
+
+
+def _make_splits(
+    notes: Dataset,
+    views: str | Path | Dataset | pa.Table,
+    options: PairOptions,
+    split: SplitOptions,
+    output: Path,
+    view_options: ViewOptions,
+    engine: Engine,
+) -> str:
     note_ids = to_arrow(notes.select_columns("note_id"))["note_id"]
     parts = dict.fromkeys(SPLITS, note_ids)
     if split.by != "time":
@@ -190,6 +206,10 @@ def make_splits(
     across = engine.count(unsplit.anti_join(ibis.union(*inside), ["note", "related"]))
 
     (output / "splits.json").unlink(missing_ok=True)  # nobody shall load a half-replaced split
+    # A list: what is in a folder is gone with it.
+    for unfinished in sorted(output.glob(f"**/.*.{UNFINISHED}*")):  # of a run that was killed
+        if unfinished.exists():
+            remove(unfinished)
     users = engine.fetch(logs["train"].notes.select("note_id", "users"))
     counts: dict[str, dict[str, int]] = {}
     for name in SPLITS:
@@ -209,6 +229,12 @@ def make_splits(
         "views": {"rows": read.rows, "kept": read.kept, "broken_rules": read.broken},
         "counts": counts,
         "pairs_across_splits": across,
+        "checksums": {
+            file.relative_to(output).as_posix(): sha256(file)
+            for name in SPLITS
+            for file in sorted((output / name).iterdir())
+            if file.name in _FILES
+        },
     }
     if split.by != "note":
         record["periods"] = periods
@@ -217,7 +243,8 @@ def make_splits(
     for name, count in counts.items():
         if count["notes"] and not count["pairs"]:
             logger.warning("%s has no pairs: give it more notes or days, lower min_count, or bring more views.", name)
-    (output / "splits.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with new_file(output / "splits.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return broken_rules_text(read, view_options)
 
 
@@ -259,7 +286,7 @@ def load_split(directory: str | Path, name: str) -> NotesAndPairs:
         name: "train", "validation" or "test".
 
     Raises:
-        ValueError: another name.
+        ValueError: another name; a file is not as it was written (DamagedError).
         FileNotFoundError: no such split in `directory`.
     """
     if name not in SPLITS:
@@ -267,7 +294,27 @@ def load_split(directory: str | Path, name: str) -> NotesAndPairs:
     folder = Path(directory) / name
     if not (Path(directory) / "splits.json").is_file():
         raise FileNotFoundError(f"{directory}: no splits.json here; write the splits with python -m pairs.split.")
-    return NotesAndPairs(load_notes(folder / "notes.arrow"), load_pairs(folder / "pairs.parquet"))
+    _refuse_damaged(Path(directory), name)
+    return NotesAndPairs(load_written_notes(folder / "notes.arrow"), load_pairs(folder / "pairs.parquet"))
+
+
+def _refuse_damaged(directory: Path, name: str) -> None:
+    """Raises DamagedError for the first file of a split that is not as it was written."""
+    record = directory / "splits.json"
+    try:
+        checksums = json.loads(record.read_text(encoding="utf-8")).get("checksums")
+    except (ValueError, AttributeError) as error:
+        raise DamagedError(f"{record} is damaged ({error}): write the splits again.") from error
+    if checksums is None:
+        logger.warning("%s has no checksums, as it is of an earlier release: damage would go unseen.", record)
+        return
+    for file, checksum in checksums.items():
+        if not file.startswith(f"{name}/"):
+            continue
+        if not (directory / file).is_file():
+            raise FileNotFoundError(f"{directory / file} is missing: write the splits again.")
+        if sha256(directory / file) != checksum:
+            raise DamagedError(f"{directory / file} is damaged, by its checksum in {record}: write the splits again.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -278,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--notes", required=True, help="table of notes: note_id, title, topics, content, image")
+    parser.add_argument("--image-root", metavar="DIR", help=IMAGE_ROOT_HELP)
     parser.add_argument(
         "--views", required=True, help="log of views: a file, a pattern, a folder (also day=…/) or a URL such as s3://…"
     )
@@ -291,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
         options, split = parsed_options(args, PairOptions), parsed_options(args, SplitOptions)
         with opened_engine(args) as engine:
             text = make_splits(
-                load_notes(args.notes),
+                load_notes(args.notes, args.image_root),
                 args.views,
                 options,
                 split,
@@ -299,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
                 view_options=parsed_view_options(args),
                 engine=engine,
             )
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     record: dict[str, Any] = json.loads((Path(args.output) / "splits.json").read_text(encoding="utf-8"))
     sys.stdout.write(text + "\n")

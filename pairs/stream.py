@@ -3,7 +3,7 @@
 A note is read when its turn comes, from disk if the table of notes is memory-mapped. In memory are the note ids and a
 buffer of pairs, without their notes:
 
-    notes = load_notes("splits/train/notes.arrow")           # as pairs.split writes it
+    notes = load_written_notes("splits/train/notes.arrow")   # as pairs.split writes it
     pairs = load_dataset("parquet", data_files="splits/train/pairs.parquet", split="train", streaming=True)
     for pair in stream_pairs(notes, pairs, shuffle_buffer=100_000, seed=0):
         pair["note"], pair["related_note"]

@@ -4,30 +4,46 @@ notes   note_id, title, topics, content, image (and whatever else the table hold
 pairs   note_id, related_note_id, score, rank
 
 Row numbers in errors count from 1 and leave a CSV header out.
+
+A table comes from strangers, and what it names as images may be published. So an image must lie in the folder of its
+table, or in the one that the caller names (`image_root`), symbolic links resolved; this is decided here, for all that
+read tables.
 """
 
+import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 
-from pairs.files import read_table, to_arrow, write_file
+from pairs.decoding import OUTSIDE, is_address, shown
+from pairs.files import named_faults, read_table, to_arrow, write_file
 
 TEXT_COLUMNS = ("title", "topics", "content")
 NOTE_COLUMNS = ("note_id", *TEXT_COLUMNS, "image")
 PAIR_COLUMNS = ("note_id", "related_note_id", "score", "rank")
 
+ANYWHERE = os.sep
+"""The `image_root` of tables whose images may lie in any folder of this machine."""
+
+IMAGE_ROOT_HELP = (
+    "folder that images must lie in; by default that of the table of notes, which could else name any file of this "
+    "machine. / for anywhere"
+)
+"""Of the option of commands."""
+
 _ROWS_AT_ONCE = 10_000
 
 
-def load_notes(path: str | Path) -> Dataset:
+def load_notes(path: str | Path, image_root: str | Path | None = None) -> Dataset:
     """Loads notes.
 
     The rows of an .arrow file or of a folder written by `Dataset.save_to_disk` stay there: notes that are larger than
@@ -35,53 +51,76 @@ def load_notes(path: str | Path) -> Dataset:
 
     Args:
         path: what `pairs.files.read_table` takes. Only `note_id` must be there.
+        image_root: the folder that images must lie in, or in one inside of it; None: the table's.
 
     Returns:
         The columns note_id (string, unique), title, topics, content (string, never null; `topics` may also be a list
-        of strings), image (string: absolute path, or null; an `Image` feature of datasets stays one, not decoded),
-        then all other columns of the table. A relative image path is taken from the table's folder.
+        of strings), image (string: absolute path, symbolic links resolved, or null; an `Image` feature of datasets
+        stays one, not decoded), then all other columns of the table. A relative image path is taken from the table's
+        folder.
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: a missing, empty or duplicate note id, a column of a wrong type, an image given as a URL.
+        ValueError: a missing, empty or duplicate note id, a column of a wrong type, a text that is not UTF-8, an image
+            given as a URL or outside of its folder.
     """
-    notes = read_notes(path)
-    table = to_arrow(notes)
-    _refuse_empty(table["note_id"], "note_id", path)
-    _refuse_duplicates(table["note_id"].to_pylist(), path)
-    if not isinstance(notes.features["image"], Image):
-        _refuse_unusable_paths(table["image"].to_pylist(), path)
+    notes = read_notes(path, image_root)
+    _refuse_bad_notes(notes, path)
     return notes
 
 
-def read_notes(path: str | Path) -> Dataset:
+def load_written_notes(path: str | Path) -> Dataset:
+    """Loads notes that `write_table` wrote, of a folder of splits: as `load_notes`, but images may lie anywhere, and
+    texts are not looked through. Both were checked when the notes were first loaded."""
+    notes = to_notes(read_table(path, NOTE_COLUMNS), path, is_checked=True)
+    _refuse_bad_notes(notes, path)
+    return notes
+
+
+def _refuse_bad_notes(notes: Dataset, path: str | Path) -> None:
+    table = to_arrow(notes)
+    _refuse_empty(table["note_id"], "note_id", path)
+    _refuse_duplicates(table["note_id"].to_pylist(), path)
+    images = table["image"]
+    if isinstance(notes.features["image"], Image):
+        images = _paths_of_structs(images)
+    _refuse_addresses(images.to_pylist(), path)
+
+
+def read_notes(path: str | Path, image_root: str | Path | None = None) -> Dataset:
     """Reads notes into the form that `load_notes` gives them, but lets bad rows stand, for `pairs.scan` to report.
 
     Args:
-        path: see `load_notes`.
+        path, image_root: see `load_notes`.
 
     Returns:
         The columns of `load_notes`. A note id may be empty, also where the table has a null, or occur twice; an image
-        may be a URL or, in a table of the Hub, a relative path.
+        may be a URL. A path out of its folder stands as "outside:" and the path, which nothing opens.
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: no column of note ids, or a column of a wrong type.
+        ValueError: no column of note ids, a column of a wrong type, or a text that is not UTF-8.
     """
-    return to_notes(read_table(path, NOTE_COLUMNS), path)
+    return to_notes(read_table(path, NOTE_COLUMNS), path, image_root)
 
 
-def to_notes(dataset: Dataset, path: str | Path) -> Dataset:
+def to_notes(
+    dataset: Dataset, path: str | Path, image_root: str | Path | None = None, is_checked: bool = False
+) -> Dataset:
     """Brings rows of a table, all or some of them, into the form that `read_notes` gives them.
 
     Args:
         dataset: the rows.
         path: where the table is: its folder is what relative image paths are taken from.
+        image_root: see `load_notes`.
+        is_checked: see `load_written_notes`.
 
     Raises:
-        ValueError: no column of note ids, or a column of a wrong type.
+        ValueError: no column of note ids, a column of a wrong type, or a text that is not UTF-8.
     """
     table = to_arrow(dataset)
+    if not is_checked:
+        _refuse_other_encodings(table, path)
     features = dict(dataset.features)
     columns: dict[str, pa.ChunkedArray] = {"note_id": _id_texts(table, "note_id", path)}
     for name in TEXT_COLUMNS:
@@ -89,10 +128,10 @@ def to_notes(dataset: Dataset, path: str | Path) -> Dataset:
         features[name] = Value("string") if pa.types.is_string(columns[name].type) else List(Value("string"))
     features["note_id"] = Value("string")
     if isinstance(features.get("image"), Image):
-        columns["image"] = table["image"]
+        columns["image"] = _image_structs(table["image"], path, image_root, is_checked)
         features["image"] = Image(decode=False)  # the processor decodes it, and names the note where it cannot
     else:
-        columns["image"] = _image_paths(table, path)
+        columns["image"] = _image_paths(table, path, image_root, is_checked)
         features["image"] = Value("string")
     columns |= {name: table[name] for name in table.column_names if name not in columns}
     ordered = Features({name: features[name] for name in columns})
@@ -116,14 +155,18 @@ def load_pairs(path: str | Path) -> Dataset:
 
     Raises:
         FileNotFoundError: no such table.
-        ValueError: a missing column, an empty id or rank, a score or rank that is no number, or a note related to
-            itself.
+        ValueError: a damaged file, a missing column, an empty id, score or rank, a score or rank that is no number, or
+            a note related to itself.
     """
     ids = ("note_id", "related_note_id")
+    if Path(path).suffix == ".parquet" and Path(path).is_file():
+        _refuse_damaged_footer(path)
     table = to_arrow(read_table(path, ids))
     _refuse_missing(table, ids, path)
     columns = {name: _ids(table, name, path) for name in ids}
     columns["score"] = _numbers(table, "score", pa.float64(), path)
+    if "score" in table.column_names:  # a null would be damage that Parquet does not see: a byte of its footer
+        _refuse_rows(pc.is_null(columns["score"]), "score", path, "is empty; fill it in or leave the column out")
     has_ranks = "rank" in table.column_names
     columns["rank"] = _numbers(table, "rank", pa.int32(), path) if has_ranks else _places(columns["note_id"])
     _refuse_rows(pc.is_null(columns["rank"]), "rank", path, "is empty; fill it in or leave the column out")
@@ -131,6 +174,28 @@ def load_pairs(path: str | Path) -> Dataset:
     itself = pc.equal(columns["note_id"], columns["related_note_id"])
     _refuse_rows(itself, "related_note_id", path, "is the note itself; remove the row")
     return Dataset(pa.table(columns))
+
+
+def _refuse_damaged_footer(path: str | Path) -> None:
+    """Raises ValueError where what a Parquet file says twice differs. The checksums of its pages do not cover its
+    footer, of which a changed byte can rename a column or leave out rows."""
+    with named_faults(path):
+        footer = pq.read_metadata(path)
+        written = footer.schema.to_arrow_schema()
+    damaged = f"{path}: not a readable .parquet table, its footer is damaged"
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    # Not of columns: for what a damaged footer says of them Parquet ends the process.
+    if sum(group.num_rows for group in groups) != footer.num_rows:
+        raise ValueError(f"{damaged}: its numbers of rows differ; write it again.")
+    said = (written.metadata or {}).get(b"huggingface")  # by `write_table`, and by datasets
+    if said is None:
+        return
+    try:
+        names = list(Features.from_dict(json.loads(said)["info"]["features"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # whatever datasets meets there
+        raise ValueError(f"{damaged} ({error}); write it again.") from error
+    if names != written.names:
+        raise ValueError(f"{damaged}: its columns are {written.names} and {names}; write it again.")
 
 
 def write_table(dataset: Dataset, path: str | Path) -> None:
@@ -217,11 +282,6 @@ def pair_positions(
     return np.stack([anchor, other], axis=1), rank
 
 
-def is_url(reference: str) -> bool:
-    """Whether an image's reference is a URL ("https://…", "s3://…") and not a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", reference) is not None
-
-
 def _refuse_missing(table: pa.Table, names: Iterable[str], path: str | Path) -> None:
     missing = " and no column ".join(repr(name) for name in names if name not in table.column_names)
     if missing:
@@ -299,29 +359,108 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _image_paths(table: pa.Table, path: str | Path) -> pa.ChunkedArray:
+def _refuse_other_encodings(table: pa.Table, path: str | Path) -> None:
+    """Parquet and Arrow files hold any bytes as text, which would fail where a row is read, and also offsets that lead
+    out of them."""
+    for name in NOTE_COLUMNS:
+        if name in table.column_names:
+            try:
+                table[name].validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise ValueError(
+                    f"{path}: column {name!r} is damaged, or no UTF-8 ({error}); write the table again, as UTF-8."
+                ) from error
+
+
+def _image_paths(table: pa.Table, path: str | Path, image_root: str | Path | None, is_checked: bool) -> pa.ChunkedArray:
     if "image" not in table.column_names:
         return pa.chunked_array([pa.nulls(len(table), pa.string())])
     column = table["image"]
     if not (_is_text(column.type) or pa.types.is_null(column.type)):
         raise ValueError(f"{path}: column 'image' is {column.type}; give paths, or cast it to datasets.Image().")
-    source = Path(path)
-    folder = source.resolve() if source.is_dir() else source.parent.resolve()
-    resolved: list[str | None] = []
-    for value in column.to_pylist():
-        if not value:
-            resolved.append(None)
-        elif os.path.isabs(value) or is_url(value) or not source.exists():
-            resolved.append(value)
-        else:
-            resolved.append(os.path.normpath(folder / value))
-    return pa.chunked_array([pa.array(resolved, pa.string())])
+    resolve = _ImagePlaces(path, image_root, is_checked)
+    return pa.chunked_array([pa.array([resolve(value) for value in column.to_pylist()], pa.string())])
 
 
-def _refuse_unusable_paths(images: Iterable[str | None], path: str | Path) -> None:
+def _image_structs(
+    column: pa.ChunkedArray, path: str | Path, image_root: str | Path | None, is_checked: bool
+) -> pa.ChunkedArray:
+    """Images of an `Image` feature; where one has no bytes, its path is used, and is treated as all paths are."""
+    named = _paths_of_structs(column)
+    if named.null_count == len(named):
+        return column
+    resolve = _ImagePlaces(path, image_root, is_checked)
+    paths = pc.coalesce(
+        pa.chunked_array([pa.array([resolve(value) for value in named.to_pylist()], pa.string())]),
+        pc.struct_field(column, "path"),
+    )
+    content = pc.struct_field(column, "bytes").combine_chunks()
+    is_null = column.is_null().combine_chunks()
+    return pa.chunked_array(
+        [pa.StructArray.from_arrays([content, paths.combine_chunks()], names=["bytes", "path"], mask=is_null)]
+    )
+
+
+def _paths_of_structs(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The paths of images that have no bytes; null elsewhere."""
+    content, path = (pc.struct_field(column, name) for name in ("bytes", "path"))
+    return pc.if_else(content.is_valid(), None, path)
+
+
+class _ImagePlaces:
+    """A path as a table names it ─► the absolute one, links resolved; `OUTSIDE` and the path where that leaves the
+    folder of images.
+
+    Args:
+        path: where the table is.
+        image_root: see `load_notes`.
+        is_checked: nothing is resolved, nor refused.
+    """
+
+    def __init__(self, path: str | Path, image_root: str | Path | None, is_checked: bool) -> None:
+        source = Path(path)
+        # Of a data set of the Hub, files lie in the cache; relative paths have no folder.
+        self._folder = None
+        if source.exists():
+            self._folder = str(source.resolve() if source.is_dir() else source.parent.resolve())
+        self._root = os.path.realpath(image_root or self._folder or datasets.config.HF_CACHE_HOME)
+        self._is_checked = is_checked
+        self._folders: dict[str, str] = {}  # as named ─► resolved: images share few, and each link costs a system call
+
+    def __call__(self, value: str | None) -> str | None:
+        if not value or is_address(value):
+            return value or None
+        if self._folder is None and not os.path.isabs(value):
+            return OUTSIDE + value
+        place = os.path.join(self._folder or "", value)
+        if self._is_checked:
+            return os.path.normpath(place)
+        if "\0" in value:  # no file has such a name
+            return OUTSIDE + value
+        folder, name = os.path.split(place)
+        if name in ("", os.curdir, os.pardir):
+            return OUTSIDE + value  # a folder
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        found = os.path.join(self._folders[folder], name)
+        if os.path.islink(found):
+            found = os.path.realpath(found)
+        return found if os.path.commonpath([found, self._root]) == self._root else OUTSIDE + value
+
+
+def _refuse_addresses(images: Iterable[str | None], path: str | Path) -> None:
     for row, value in enumerate(images, start=1):
-        if value is None or os.path.isabs(value):
+        if not value or os.path.isabs(value):
             continue
-        if is_url(value):
-            raise ValueError(f"{path}, row {row}: 'image' {value!r} is a URL; download it and give its path.")
-        raise ValueError(f"{path}, row {row}: 'image' {value!r} has no folder on the Hub; use an Image feature.")
+        if not value.startswith(OUTSIDE):
+            raise ValueError(
+                f"{path}, row {row}: 'image' {shown(value)} is a URL, and nothing is fetched; download it and give its "
+                "path."
+            )
+        named = shown(value.removeprefix(OUTSIDE))
+        if not Path(path).exists():
+            raise ValueError(f"{path}, row {row}: 'image' {named} has no folder on the Hub; use an Image feature.")
+        raise ValueError(
+            f"{path}, row {row}: 'image' {named} is no file inside the table's folder, symbolic links resolved; "
+            "move it there, or name the folder that images may lie in (image_root)."
+        )

@@ -34,6 +34,13 @@ class DataArguments:
             "image. Without one the simulated world is used."
         },
     )
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that images must lie in; by default that of the table of notes, which could else name any "
+            "file of this machine. / for anywhere."
+        },
+    )
     views: str | None = field(
         default=None,
         metadata={"help": "Log of views: user_id, note_id, timestamp; a file, a pattern, a folder or a URL."},

@@ -1,21 +1,57 @@
-"""Which checkpoints are whole: a run that was killed, or whose disk was full, may leave one that is not.
+"""Which checkpoints are whole: a run that was killed, or whose disk was full, may leave one that is not, and a disk may
+damage one later.
+
+    RUN/checkpoint-N/checksums.json   of the checkpoint's files, and of those beside it that its run goes on with
 
 Of a run's processes the main one reads, and the others hear of it: all of them must ask.
 """
 
 import json
 import logging
+import os
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pairs.disk import new_file, sha256
 from train.distributed import said_by_main_process
 
 logger = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"
+BESIDE = ("hard_negatives/*.npy", "warmed_up.safetensors")
+"""What a run goes on with besides a checkpoint, in the folder that the checkpoint is in."""
+
+
+class CheckpointChecksums(TrainerCallback):
+    """Writes the checksums of a checkpoint when it is written.
+
+    It is read once more for it, by one process: seconds a gigabyte.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """`args.output_dir` and `state.global_step` say which."""
+        PartialState().wait_for_everyone()  # each process writes a random state, and may write a part of the weights
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero:
+            write_checksums(folder)
+
+
+def write_checksums(folder: Path) -> None:
+    """Lists the files of a checkpoint, and those beside it that its run goes on with, with their checksums."""
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files += [path for pattern in BESIDE for path in folder.parent.glob(pattern)]
+    checksums = {Path(os.path.relpath(path, folder)).as_posix(): sha256(path) for path in sorted(files)}
+    with new_file(folder / CHECKSUMS) as unfinished:
+        unfinished.write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
 
 
 def newest_whole_checkpoint(folder: str | Path, processes: int = 1) -> Path | None:
@@ -45,7 +81,8 @@ def checkpoint_problem(checkpoint: str | Path, processes: int = 1) -> str | None
     """Why one cannot go on from a checkpoint, or None if one can.
 
     Everything that can tell a cut-off file from a whole one is read: sizes of safetensors, checksums of PyTorch's
-    archives, JSON. `Trainer` writes its state last, and PyTorch the index of a sharded checkpoint.
+    archives, JSON. `Trainer` writes its state last, and PyTorch the index of a sharded checkpoint. Then all files are
+    compared with their checksums; a run that was killed just before these were written has none.
 
     Args:
         checkpoint: its folder.
@@ -76,6 +113,8 @@ def _problem(folder: Path, processes: int) -> str | None:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if absent := sorted(shards.difference(weights)):
             return f"{absent[0]} is missing, which the index names"
+    elif not weights and (pickles := [*folder.glob("pytorch_model*.bin"), *folder.glob("pytorch_model*.index.json")]):
+        return f"its weights are a pickle ({min(pickles).name}), and only safetensors are read"
     elif not weights and not any(folder.glob("pytorch_model*")) and not any(folder.glob("global_step*")):
         return "it has no weights"
     for path in sorted(folder.rglob("*")):
@@ -83,6 +122,20 @@ def _problem(folder: Path, processes: int) -> str | None:
             return f"{path.name} has no .metadata, which is written last"
         if path.is_file() and (problem := _file_problem(path)):
             return f"{path.relative_to(folder)} {problem}"
+    return _damage(folder)
+
+
+def _damage(folder: Path) -> str | None:
+    """The first file that is not as its checksum says; what is beside the checkpoint may have been taken away."""
+    if not (folder / CHECKSUMS).exists():
+        logger.info("%s has no %s: damage that leaves its files readable would go unseen.", folder, CHECKSUMS)
+        return None
+    for name, checksum in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+        if not (folder / name).exists():
+            if not name.startswith("../"):
+                return f"{name} is missing, which {CHECKSUMS} names"
+        elif sha256(folder / name) != checksum:
+            return f"{name} is damaged, by its checksum"
     return None
 
 
@@ -104,4 +157,4 @@ def _file_problem(path: Path) -> str | None:
     return None
 
 
-__all__ = ["checkpoint_problem", "newest_whole_checkpoint"]
+__all__ = ["CheckpointChecksums", "checkpoint_problem", "newest_whole_checkpoint", "write_checksums"]

@@ -1,11 +1,12 @@
 """The frozen tower is run once for every image: a store of its output on disk, mapped into memory.
 
     FOLDER/<fingerprint>/<part>/keys.npy, patch_embeds.npy, pooled_embeds.npy (, patch_attention_mask.npy)
+    FOLDER/<fingerprint>/<part>/checksums.json          of these files, compared when a process first opens a part
 
 The fingerprint is of all that decides what the tower sees but the image: its weights, its configuration, the image
 processor, the libraries' versions, dtype and kind of device. Images are known by their content. So nothing in a store
 is ever stale: what has changed is not found, and is computed. Parts are written under another name and renamed, so that
-a part is whole or absent.
+a part is whole or absent. Runs may share a store, and fill it at once: an image that two compute is there twice.
 """
 
 import hashlib
@@ -28,16 +29,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2Processor
-from modeling_notellm2.processing_notellm2 import EncodedNote
+from modeling_notellm2.processing_notellm2 import EncodedNote, read_image_file
+from pairs.disk import DamagedError, disk_errors_named, sha256
 
 PART_BYTES = 2**28
 """A part is written when it has so many bytes."""
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Raised when this package reads images, or reduces the tower's output, in another way."""
 
 MAX_OPEN_PARTS = 128
 """Parts that are mapped at a time: each array of one takes a file descriptor."""
+
+CHECKSUMS = "checksums.json"
 
 KEY_TYPE = "S32"
 """32 hexadecimal digits: 16 bytes of BLAKE2b."""
@@ -141,6 +145,7 @@ class VisionFeatureStore:
     def _reload(self) -> None:
         self._parts, keys, places = _Parts(sorted(self.folder.glob("part-*"))), [], []
         for number, part in enumerate(self._parts.folders):
+            _refuse_damaged(part, ["keys.npy"])
             keys.append(_load(part / "keys.npy"))
             places.append(np.stack([np.full(len(keys[-1]), number), np.arange(len(keys[-1]))], axis=1))
         if keys:  # an image that two processes computed at once is there twice: either will do
@@ -203,15 +208,18 @@ class VisionFeatureStore:
     def _write(self, keys: list[bytes], arrays: Mapping[str, list[np.ndarray]]) -> None:
         name = uuid.uuid4().hex
         unfinished = self.folder / f"unfinished-{name}"
-        unfinished.mkdir(parents=True)
-        try:
-            np.save(unfinished / "keys.npy", np.array(keys, KEY_TYPE))
-            for field, values in arrays.items():
-                np.save(unfinished / f"{field}.npy", np.concatenate(values))
-            unfinished.rename(self.folder / f"part-{name}")
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+        with disk_errors_named(self.folder):
+            unfinished.mkdir(parents=True)
+            try:
+                np.save(unfinished / "keys.npy", np.array(keys, KEY_TYPE))
+                for field, values in arrays.items():
+                    np.save(unfinished / f"{field}.npy", np.concatenate(values))
+                checksums = {file.name: sha256(file) for file in sorted(unfinished.iterdir())}
+                (unfinished / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
+                unfinished.rename(self.folder / f"part-{name}")
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
 
 
 class _Parts:
@@ -220,19 +228,39 @@ class _Parts:
     def __init__(self, folders: list[Path]) -> None:
         self.folders = folders
         self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self._checked: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folders": self.folders, "_open": OrderedDict()}
+        return {"folders": self.folders, "_open": OrderedDict(), "_checked": self._checked}
 
     def arrays(self, part: int) -> dict[str, np.ndarray]:
         """The features of a part by name."""
         if part not in self._open:
             files = sorted(self.folders[part].glob("*.npy"))
+            if part not in self._checked:
+                _refuse_damaged(self.folders[part])
+                self._checked.add(part)
             self._open[part] = {file.stem: _load(file, "r") for file in files if file.stem != "keys"}
             if len(self._open) > MAX_OPEN_PARTS:
                 self._open.popitem(last=False)
         self._open.move_to_end(part)
         return self._open[part]
+
+
+def _refuse_damaged(part: Path, names: Sequence[str] | None = None) -> None:
+    """Raises DamagedError for the first file of a part, or the first of these, that is not as it was written."""
+    try:
+        checksums = json.loads((part / CHECKSUMS).read_text(encoding="utf-8"))
+        for name in names or sorted(checksums):
+            if sha256(part / name) != checksums[name]:
+                raise DamagedError(
+                    f"{part / name} is damaged, by its checksum: delete the folder {part}, it is computed anew."
+                )
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{part} is damaged, as its {CHECKSUMS} or a file that it names cannot be read ({error!r}): delete that "
+            "folder, it is computed anew."
+        ) from error
 
 
 def _load(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
@@ -301,10 +329,7 @@ def image_key(note: EncodedNote, processor: NoteLLM2Processor) -> bytes:
         for name, tensor in sorted((processor.load_image(note).pixels or {}).items()):
             content.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
         return content.hexdigest().encode()
-    try:
-        content.update(value if isinstance(value, bytes) else Path(value).read_bytes())
-    except OSError as error:
-        raise NoteError(f"notes[{note.index}].image ({value}) cannot be read ({error}): replace it.") from error
+    content.update(value if isinstance(value, bytes) else read_image_file(value, note.index))
     return content.hexdigest().encode()
 
 

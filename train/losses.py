@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from modeling_notellm2.fusion_notellm2 import unit_length
+
 TILE_SIZE = 2048
 """Notes on each side of a tile of the similarity matrix: 16 MB of float32."""
 
@@ -45,7 +47,16 @@ class ContrastiveTargets(NamedTuple):
     def of_plan(
         cls, positives: np.ndarray, related: np.ndarray, groups: np.ndarray, log_q: np.ndarray | None = None
     ) -> "ContrastiveTargets":
-        """The same from arrays."""
+        """The same from arrays.
+
+        Raises:
+            ValueError: `log_q` holds NaN or infinity, a probability of 0: a note that is never drawn is in no batch.
+        """
+        if log_q is not None and not np.isfinite(log_q).all():
+            position = int(np.isfinite(log_q).argmin())
+            raise ValueError(
+                f"log_q[{position}] is {log_q[position]}: give the logarithm of a probability above 0 for every note."
+            )
         weights = None if log_q is None else torch.as_tensor(log_q, dtype=torch.float32)
         return cls(torch.as_tensor(positives), torch.as_tensor(related), torch.as_tensor(groups), weights)
 
@@ -259,7 +270,7 @@ def joint_loss(
 
 def leading_dimensions(embeds: Tensor, dim: int) -> Tensor:
     """(M, D) ─► (M, dim): the first dimensions, normalised again."""
-    return embeds if dim == embeds.shape[1] else functional.normalize(embeds[:, :dim], dim=-1)
+    return embeds if dim == embeds.shape[1] else unit_length(embeds[:, :dim])
 
 
 __all__ = ["ContrastiveTargets", "contrastive_loss", "joint_loss", "leading_dimensions"]

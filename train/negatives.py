@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_notellm2 import NoteLLM2PreTrainedModel
+from modeling_notellm2 import NonFiniteError, NoteLLM2PreTrainedModel
 from train.data import NoteReader
 from train.distributed import gather_rows, world
 from train.related import RelatedNotes
@@ -104,6 +104,9 @@ def embed_notes(
     """(N, D) float32 embeddings of all notes of a table; NaN for those of which the reader leaves nothing.
 
     The processes of a run share the work, and must all call this.
+
+    Raises:
+        NonFiniteError: the model gives a note an embedding that is not finite.
     """
     total = len(reader.notes)
     rank, processes = world()
@@ -120,6 +123,11 @@ def embed_notes(
                     continue
                 embeds = model.embed_states(table.select(some)).note_embeds
                 assert embeds is not None
+                if not bool((is_finite := embeds.isfinite().all(1)).all()):  # NaN would say that it cannot be read
+                    raise NonFiniteError(
+                        f"the embedding of note {int(some[int(is_finite.int().argmin())])} is not finite: check the "
+                        "model's weights, or train with bf16 in place of fp16."
+                    )
                 result[some // processes] = embeds.float()
     finally:
         model.train(was_training)

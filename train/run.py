@@ -7,10 +7,13 @@ Without arguments: a simulated world, tiny backbones, training and evaluation in
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from accelerate import PartialState
 from datasets import Dataset as Table
 from transformers import AutoConfig, AutoModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from evaluation.metrics import metric_names
@@ -28,15 +32,17 @@ from evaluation.report import ReportRow, collect_facts, text_table, write_report
 from evaluation.run import evaluate_baselines, evaluate_model
 from hub.compose import CompositionArguments, compose
 from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
-from modeling_notellm2 import NoteError, NoteLLM2Config, NoteLLM2Model
+from modeling_notellm2 import NonFiniteError, NoteError, NoteLLM2Config, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import prompt_template
 from pairs.ceilings import ceilings
+from pairs.disk import DamagedError, DiskError, alone_in, disk_errors_named
 from pairs.simulate import simulate
 from pairs.split import SPLITS, NotesAndPairs, load_split, make_splits
 from pairs.tables import load_notes, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
 from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
 from train.data import NoteDataset, PairDataset, without_bad_images
+from train.distributed import said_by_main_process
 from train.features import VisionFeatureStore, VisionFeatureTable, fingerprint
 from train.trainer import NoteLLM2Trainer
 
@@ -77,10 +83,11 @@ class UserError(Exception):
 
 
 def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
-    """The checkpoint `--resume_from_checkpoint` means; `last` is the newest one of the output folder.
+    """The checkpoint `--resume_from_checkpoint` means; `last` is the newest one of the output folder, and `auto` is the
+    same where there is one: otherwise the run begins anew, and what it holds of cut-off checkpoints is deleted.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; or `auto` finds none, but one that was not cut off, whose training would be lost.
     """
     wanted, processes = training.resume_from_checkpoint, PartialState().num_processes
     folder = Path(training.output_dir)
@@ -89,6 +96,11 @@ def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
             f"output_dir={training.output_dir} holds checkpoints of an earlier run, which would mix with this one's: "
             "give --output_dir another folder, go on with --resume_from_checkpoint last, or delete it."
         )
+    if wanted == "auto":
+        found = newest_whole_checkpoint(folder, processes)
+        if found is None:
+            _remove_cut_off_checkpoints(folder, processes)
+        return None if found is None else str(found)
     if wanted == "last":
         found = newest_whole_checkpoint(folder, processes)
         if found is None:
@@ -99,6 +111,27 @@ def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
     return wanted
 
 
+def _remove_cut_off_checkpoints(folder: Path, processes: int) -> None:
+    """Raises UserError, and deletes nothing, where a checkpoint was not cut off: its training would be lost."""
+    # Each process asks for the same, the main one answers.
+    checkpoints = said_by_main_process(
+        lambda: [path for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if path.is_dir()]
+    )
+    cut_off = said_by_main_process(lambda: [path for path in checkpoints if not (path / TRAINER_STATE_NAME).exists()])
+    for checkpoint in checkpoints:
+        if checkpoint not in cut_off:
+            problem = checkpoint_problem(checkpoint, processes)
+            raise UserError(
+                f"resume_from_checkpoint=auto: {checkpoint} is complete, but one cannot go on from it ({problem}): "
+                "mend that, start as many processes as saved it, or delete it or give --output_dir another folder to "
+                "begin anew."
+            )
+    if PartialState().is_main_process:
+        for checkpoint in cut_off:  # its state is written last
+            logger.warning("%s was cut off before it was whole, and is deleted: the run begins anew", checkpoint)
+            shutil.rmtree(checkpoint)
+
+
 def prepare_data(data: DataArguments, folder: Path) -> None:
     """Write train, validation and test notes and pairs into `folder`/data, simulating a world where none is given."""
     notes_file, views_file = data.notes, data.views
@@ -107,7 +140,8 @@ def prepare_data(data: DataArguments, folder: Path) -> None:
         simulate(data.simulation_options).write(folder / "world")
         notes_file, views_file = str(folder / "world" / "notes.jsonl"), str(folder / "world" / "views.csv")
     logger.info("Building related pairs from %s", views_file)
-    text = make_splits(load_notes(notes_file), views_file, data.pair_options, data.split_options, folder / "data")
+    notes = load_notes(notes_file, data.image_root)
+    text = make_splits(notes, views_file, data.pair_options, data.split_options, folder / "data")
     logger.info("%s", text)
 
 
@@ -159,7 +193,12 @@ def save_settings(folder: Path, arguments: Sequence[Any]) -> None:
 def train(
     composition: CompositionArguments, data: DataArguments, training: NoteLLM2TrainingArguments
 ) -> list[ReportRow]:
-    """Run everything: data, model, training, evaluation. Returns the rows of the final table (main process only)."""
+    """Run everything: data, model, training, evaluation. Returns the rows of the final table (main process only).
+
+    Raises:
+        UserError: something that was given cannot be used; another run is at work in the output folder; a file that
+            the run goes on with is damaged; the disk is full; a worker process has ended.
+    """
     folder, state = Path(training.output_dir), PartialState()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != state.num_processes:
@@ -167,6 +206,29 @@ def train(
             f"{started} processes were started and do not know of each other: each would train alone, into one folder. "
             "On processors add --use_cpu true."
         )
+    with ExitStack() as held:
+
+        def take_folder() -> str | None:
+            try:
+                held.enter_context(alone_in(folder))
+            except (ValueError, OSError) as error:
+                return f"output_dir={error}"
+            return None
+
+        if problem := said_by_main_process(take_folder):
+            raise UserError(problem)
+        try:
+            with disk_errors_named(folder):
+                return _train(composition, data, training)
+        except (DamagedError, DiskError) as error:
+            raise UserError(str(error)) from error
+
+
+def _train(
+    composition: CompositionArguments, data: DataArguments, training: NoteLLM2TrainingArguments
+) -> list[ReportRow]:
+    """`train` in a folder that this run has for itself."""
+    folder, state = Path(training.output_dir), PartialState()
     resume_from = checkpoint_to_resume(training)
     if resume_from is not None:
         logger.info("Going on from %s", resume_from)
@@ -282,6 +344,21 @@ def train(
         result = trainer.train(resume_from_checkpoint=resume_from)
     except NoteError as error:
         raise UserError(f"{error} (bad_images={training.bad_images})") from error
+    except NonFiniteError as error:
+        raise UserError(f"{error} (output_dir={training.output_dir})") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # PyTorch has no kind of its own for it
+            raise
+        raise UserError(
+            f"dataloader_num_workers={training.dataloader_num_workers}: one of them has ended "
+            f"({str(error).partition(chr(10))[0]}): often memory is short; use fewer, or 0, and go on with "
+            "--resume_from_checkpoint last."
+        ) from error
+    except UnpicklingError as error:  # transformers lets PyTorch load tensors and numbers alone
+        raise UserError(
+            f"resume_from_checkpoint={resume_from!r} holds something else than tensors and numbers, and none of it was "
+            f"run ({str(error).splitlines()[0]}): give a checkpoint that this package wrote."
+        ) from error
     trainer.save_model()
     trainer.save_state()
     # Of the model that is delivered, which need not be the last one that was validated.

@@ -32,10 +32,11 @@ from modeling_notellm2.modeling_notellm2 import MAX_LOGIT_SCALE, Part
 from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
 from train.batches import BatchPlanner, drawn_log_probability
-from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
+from train.checkpoints import CheckpointChecksums, checkpoint_problem, newest_whole_checkpoint
 from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, PlanDataset
 from train.distributed import gather_rows, world
 from train.features import image_groups
+from train.finite import refuse_non_finite_gradients, refuse_non_finite_loss, refuse_non_finite_weights
 from train.gradcache import EncodedRows, cached_loss
 from train.losses import ContrastiveTargets, joint_loss
 from train.negatives import mine_hard_negatives, write_hard_negatives
@@ -78,9 +79,9 @@ def apply_llm_tuning(model: NoteLLM2PreTrainedModel, arguments: NoteLLM2Training
 
 class TemperatureBound(TrainerCallback):
     """Bounds the temperature's parameter after each step of the optimizer, as CLIP does: it would otherwise go on
-    beyond the bound, where it changes nothing, and have as far to come back.
+    beyond a bound, where it changes nothing, and have as far to come back.
 
-    Not under DeepSpeed, which keeps the weights that it updates to itself: there the bound alone is kept.
+    Not under DeepSpeed, which keeps the weights that it updates to itself: there the bounds alone are kept.
     """
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class TemperatureBound(TrainerCallback):
         assert model is not None
         for name, parameter in model.named_parameters():
             if name.endswith("logit_scale"):
-                parameter.clamp_(max=MAX_LOGIT_SCALE)
+                parameter.clamp_(-MAX_LOGIT_SCALE, MAX_LOGIT_SCALE)
 
 
 class NoteLLM2Trainer(Trainer):
@@ -148,6 +149,7 @@ class NoteLLM2Trainer(Trainer):
             **kwargs,
         )
         self.add_callback(TemperatureBound())
+        self.add_callback(CheckpointChecksums())
         if args.mini_batch_size and self.is_deepspeed_enabled:
             raise ValueError(
                 f"mini_batch_size={args.mini_batch_size} does not work with DeepSpeed, whose engine allows one forward "
@@ -196,6 +198,7 @@ class NoteLLM2Trainer(Trainer):
         self._has_visual = IMAGE_EMBEDDING_TOKEN in model.processor.template and model.config.has_vision
         self._groups: np.ndarray | None = None
         self._parts: dict[str, tuple[Tensor | float, int]] = {}  # sums since the last log, and of how many batches
+        self._latest_parts: dict[str, Tensor] = {}
 
     def train(
         self,
@@ -209,6 +212,7 @@ class NoteLLM2Trainer(Trainer):
 
         Raises:
             ValueError: there is none, or the one to resume from was cut short.
+            NonFiniteError: a loss, a gradient or a weight is NaN or infinite; no checkpoint has taken it up.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
@@ -435,10 +439,39 @@ class NoteLLM2Trainer(Trainer):
         else:
             loss = loss_of(*self._encode_all(model, mini_batches))
         if model.training:
+            self._latest_parts = {name: value.detach() for name, value in parts.items()}
             for name, value in {**parts, "bad_images": torch.tensor(inputs["bad_images"])}.items():
                 total, count = self._parts.get(name, (0.0, 0))
                 self._parts[name] = (total + value.detach().float(), count + 1)  # read when logged: a GPU need not wait
         return (loss, parts) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """`Trainer`'s, which ends a run whose loss or gradients are not finite before the optimizer sees them.
+
+        What overflows in fp16 when the loss is scaled up for it is no failure: the scaler skips that step. DeepSpeed
+        keeps the gradients to itself, and only the loss is looked at.
+
+        Raises:
+            NonFiniteError: says which.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        place = f"step {self.state.global_step + 1}"
+        refuse_non_finite_loss(loss, self._latest_parts, place)
+        is_whole = self.accelerator.sync_gradients  # of the last batch that gradients are accumulated over
+        if is_whole and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            refuse_non_finite_gradients(self.model.named_parameters(), place)
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer`'s, which saves no weight that is not finite.
+
+        Raises:
+            NonFiniteError: there is one.
+        """
+        refuse_non_finite_weights(self.model.named_parameters(), f"step {self.state.global_step}")
+        super().save_model(output_dir, _internal_call)
 
     def _encode_all(self, model: nn.Module, mini_batches: Sequence[dict[str, Tensor]]) -> EncodedRows:
         # DDP allows one forward pass a backward pass, and hears of the other passes' gradients all the same: they add

@@ -19,6 +19,7 @@ from modeling_notellm2 import NoteLLM2PreTrainedModel
 from modeling_notellm2.modeling_notellm2 import MAX_LOGIT_SCALE
 from train.batches import distinct_notes
 from train.data import NoteReader
+from train.finite import refuse_non_finite_gradients, refuse_non_finite_loss
 from train.losses import ContrastiveTargets, joint_loss
 from train.related import RelatedNotes
 from train.states import NoteStateTable
@@ -68,6 +69,7 @@ def warm_up_head(
     Raises:
         ValueError: no pair is left, as no image can be read; the states of all notes are equal, and are to be
             standardized.
+        NonFiniteError: the loss or a gradient is NaN or infinite.
     """
     generator = torch.Generator().manual_seed(seed)
     notes, chosen = _choose_pairs(torch.from_numpy(pairs), generator)
@@ -78,18 +80,19 @@ def warm_up_head(
     if model.note_standardizer is not None and not model.note_standardizer.is_fitted:
         model.fit_standardizers(table.select(notes[table.kept[notes]]))
     related = RelatedNotes(pairs, len(reader.notes))
+    head = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     with tqdm(total=steps, desc="head warm-up", unit="step", disable=not show_progress_bar) as progress:
-        for _ in range(steps):
+        for step in range(steps):
             drawn = chosen[torch.randint(len(chosen), (PAIRS_PER_STEP,), generator=generator)]
             rows, positives = distinct_notes(drawn.unique(dim=0).numpy())
             targets = ContrastiveTargets.of_plan(positives, related.among(rows), rows)
             states = table.select(torch.from_numpy(rows))
             output = model.embed_states(states)
             assert output.note_embeds is not None and output.logit_scale is not None
-            loss, _parts = joint_loss(
+            loss, parts = joint_loss(
                 output.note_embeds,
                 output.visual_embeds,
                 output.logit_scale,
@@ -98,10 +101,13 @@ def warm_up_head(
                 visual_loss_weight,
                 dims,
             )
+            place = f"step {step + 1} of the head's warm-up"
+            refuse_non_finite_loss(loss, parts, place)
             loss.backward()
+            refuse_non_finite_gradients(head, place)
             optimizer.step()
             with torch.no_grad():
-                model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)  # as training does: see `TemperatureBound`
+                model.logit_scale.clamp_(-MAX_LOGIT_SCALE, MAX_LOGIT_SCALE)  # as training does: see `TemperatureBound`
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())

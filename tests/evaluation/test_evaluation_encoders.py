@@ -151,7 +151,7 @@ def test_image_features_do_not_depend_on_the_batch_and_are_zero_without_image(
     with pytest.raises(ValueError, match="No note has an image"):
         encoder([{"title": "a"}])
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"notes\[1\].image .*broken.jpg"):
+    with pytest.raises(ValueError, match=r"notes\[1\].image: .*broken.jpg"):
         encoder([notes[0], {"image": str(tmp_path / "broken.jpg")}])
 
 

@@ -38,7 +38,7 @@ from evaluation.modality import (
     with_modality,
 )
 from evaluation.report import Percent
-from evaluation.significance import paired_test
+from evaluation.significance import PairedTest, paired_test
 from modeling_notellm2 import NoteLLM2Model
 from tests.backbones import random_picture
 from train.features import VisionFeatureStore, VisionFeatureTable
@@ -376,6 +376,25 @@ def test_a_model_that_reads_both_leans_on_one() -> None:
     for shuffled, verdict in ((QUERIES / 2, "leans on"), (QUERIES, "follows")):
         (*_others, said) = conclude({**values, "image shuffled": shuffled}, 0.1, "mrr", {"image": swap})
         assert said.endswith(f"it {verdict} the text.")
+
+
+def test_no_test_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each resamples the queries thousands of times."""
+    asked: list[bytes] = []
+
+    def count(first: np.ndarray, second: np.ndarray) -> PairedTest:
+        asked.append(first.tobytes() + second.tobytes())
+        return paired_test(first, second)
+
+    values = {"both": QUERIES, "text": QUERIES + drawn(1, -0.2, 0.4), "image": QUERIES + drawn(2, -0.3, 0.4)}
+    values |= {"image shuffled": QUERIES + drawn(3, 0.0, 0.4), "text shuffled": QUERIES + drawn(4, -0.1, 0.4)}
+    expected = conclude(values, 0.1, "mrr")
+    monkeypatch.setattr(modality, "paired_test", count)
+    assert conclude(values, 0.1, "mrr") == expected
+    # Two of each modality, and of images one more, whether exchanging them costs less than leaving them out.
+    assert len(asked) == len(set(asked)) == 5
+    alone = say_exchange("images", QUERIES, values["text"], values["image shuffled"], "mrr")
+    assert alone == expected[1] and len(asked) == 8  # control: without what was found before
 
 
 def test_of_a_model_that_finds_nothing_nothing_is_concluded() -> None:

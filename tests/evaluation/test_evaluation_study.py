@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from evaluation import study as module
 from evaluation.study import (
@@ -74,7 +75,7 @@ def write_checkpoint(run: Run, whole: bool = True) -> Path:
     folder.mkdir(parents=True)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, folder / name)
-    torch.save({}, folder / "pytorch_model.bin")
+    save_file({"weight": torch.rand(2)}, folder / "model.safetensors")
     if whole:
         (folder / "trainer_state.json").write_text("{}")
     return folder

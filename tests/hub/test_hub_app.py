@@ -246,7 +246,9 @@ def test_known_embeddings_stand_for_both(
 ):
     model, table = load_model(str(tiny_checkpoint)), load_notes(world_folder / "notes.jsonl").select(range(12))
     table.to_parquet(tmp_path / "notes.parquet")
-    encode_corpus(tiny_checkpoint, NoteTable(tmp_path / "notes.parquet"), tmp_path / "embeddings", shard_size=5)
+    encode_corpus(
+        tiny_checkpoint, NoteTable(tmp_path / "notes.parquet", world_folder), tmp_path / "embeddings", shard_size=5
+    )
     notes, ids = list(table), list(table["note_id"])
     both = embeddings_of(tmp_path / "embeddings", model, ids[::-1])[::-1]
     expected = encode_notes(model, notes)
@@ -272,7 +274,9 @@ def test_embeddings_of_another_dtype_are_of_the_same_model(
     """What `hub.encode --dtype bfloat16` wrote is shown, and the log says that it is coarser."""
     model, table = load_model(str(tiny_checkpoint)), load_notes(world_folder / "notes.jsonl").select(range(6))
     table.to_parquet(tmp_path / "notes.parquet")
-    encode_corpus(tiny_checkpoint, NoteTable(tmp_path / "notes.parquet"), tmp_path / "embeddings", dtype="bfloat16")
+    encode_corpus(
+        tiny_checkpoint, NoteTable(tmp_path / "notes.parquet", world_folder), tmp_path / "embeddings", dtype="bfloat16"
+    )
     both, expected = embeddings_of(tmp_path / "embeddings", model, table["note_id"]), model.encode(list(table))
     assert 1e-4 < np.abs(both - expected).max() < 0.1
     assert "was computed in bfloat16, and a new note is in float32" in caplog.text

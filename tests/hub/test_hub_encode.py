@@ -1,5 +1,6 @@
 """A corpus is encoded once, note by note, whatever interrupts it and however many processes share it."""
 
+import builtins
 import errno
 import os
 import random
@@ -13,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from filelock import FileLock
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModel
 
@@ -29,13 +28,15 @@ from hub.embeddings import Manifest, shard_file, whole_shards
 from hub.encode import LONGEST_WAIT, encode_corpus, main
 from modeling_notellm2 import NoteError, NoteLLM2Model
 from modeling_notellm2.modeling_notellm2 import WINDOW_BATCHES
+from pairs.disk import alone_in
 from pairs.files import to_arrow
 from pairs.note_table import NoteTable
-from pairs.tables import load_notes, write_table
+from pairs.tables import ANYWHERE, load_notes, write_table
 from tests.backbones import random_picture, save
 from tests.train import tiny
 
 SETTINGS: dict[str, Any] = {"batch_size": 2, "shard_size": 7, "max_failures": 0.5}
+ROOT = ["--image-root", ANYWHERE]
 BAD = {5: "no file", 20: "neither text nor image", 33: "cannot be read"}  # position ─► what is wrong there
 
 
@@ -54,7 +55,7 @@ def corpus(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def encode(checkpoint: Path, corpus: Path, output: Path, **settings: Any) -> Any:
-    return encode_corpus(checkpoint, NoteTable(corpus), output, **SETTINGS | settings)
+    return encode_corpus(checkpoint, NoteTable(corpus, ANYWHERE), output, **SETTINGS | settings)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def read_kind(folder: Path, kind: str) -> pa.Table:
 
 
 def test_every_note_is_encoded_or_listed(tiny_checkpoint: Path, corpus: Path, undisturbed: Path):
-    notes = load_notes(corpus)
+    notes = load_notes(corpus, ANYWHERE)
     good = [row for row in range(40) if row not in BAD]
     found = read_kind(undisturbed, "embeddings")
     assert found.schema.field("embedding").type == pa.list_(pa.float32(), 16)
@@ -231,7 +232,7 @@ def test_other_settings_are_refused(
 def test_other_notes_and_models_are_refused(tiny_checkpoint: Path, corpus: Path, tmp_path: Path, undisturbed: Path):
     moved = shutil.copytree(tiny_checkpoint, tmp_path / "moved")
     assert encode(moved, corpus, undisturbed).notes_of_this_run == 0  # wherever the model is
-    write_table(load_notes(corpus).select(range(30)), tmp_path / "notes.parquet")
+    write_table(load_notes(corpus, ANYWHERE).select(range(30)), tmp_path / "notes.parquet")
     with pytest.raises(ValueError, match="notes_fingerprint"):
         encode(moved, tmp_path / "notes.parquet", undisturbed)
     model = AutoModel.from_pretrained(moved)
@@ -248,7 +249,7 @@ def test_a_folder_of_something_else_is_refused(tiny_checkpoint: Path, corpus: Pa
 
 
 def test_a_second_run_is_refused(tiny_checkpoint: Path, corpus: Path, tmp_path: Path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is at work"):
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another run is at work"):
         encode(tiny_checkpoint, corpus, tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -270,7 +271,7 @@ def test_too_many_failures_end_a_run(tiny_checkpoint: Path, corpus: Path, tmp_pa
 @pytest.fixture
 def fragile(corpus: Path, tmp_path: Path) -> Path:
     """20 notes, whose pictures are in a folder beside the table; one of them is missing."""
-    rows = to_arrow(load_notes(corpus)).slice(0, 20).to_pylist()
+    rows = to_arrow(load_notes(corpus, ANYWHERE)).slice(0, 20).to_pylist()
     (tmp_path / "pictures").mkdir()
     for number, row in enumerate(rows):
         row["image"] = f"pictures/{number}.png"
@@ -302,7 +303,7 @@ def test_failures_are_tried_again(tiny_checkpoint: Path, fragile: Path, tmp_path
 
 def test_a_note_whose_picture_is_bad_is_encoded_by_its_text(tiny_checkpoint: Path, corpus: Path, tmp_path: Path):
     """It stays so until it is tried again, as a note that has failed."""
-    output, notes = tmp_path / "embeddings", load_notes(corpus)
+    output, notes = tmp_path / "embeddings", load_notes(corpus, ANYWHERE)
     summary = encode(tiny_checkpoint, corpus, output, bad_images="text-only")
     assert (summary.encoded, summary.failed, summary.text_only) == (39, 1, 2)
     assert "39 notes encoded, 2 of them by their text alone (see text-only/), 1 failed" in summary.sentence(output)
@@ -354,14 +355,14 @@ def test_trouble_of_the_machine_is_no_failure_of_a_note(
     def troubled(path: Any, *arguments: Any, **options: Any) -> Any:
         if str(path) == picture:
             raise OSError(number, os.strerror(number), path)
-        return (stat if place == "stat" else open_image)(path, *arguments, **options)
+        return (stat if place == "stat" else open_file)(path, *arguments, **options)
 
-    open_image = PIL.Image.open
+    open_file = open
     with (
         monkeypatch.context() as patched,
         pytest.raises(NoteError, match=rf"row 17, .*Errno {number}\b.*run the command"),
     ):
-        patched.setattr(*(os, "stat") if place == "stat" else (PIL.Image, "open"), troubled)
+        patched.setattr(*(os, "stat") if place == "stat" else (builtins, "open"), troubled)
         encode(tiny_checkpoint, fragile, output, max_failures=1)
     assert sorted(whole_shards(output, Manifest.read(output))) == [0, 1]
     assert encode(tiny_checkpoint, fragile, output).failed == 1
@@ -413,13 +414,13 @@ def test_rows_are_not_all_held(tiny_checkpoint: Path, corpus: Path, tmp_path: Pa
                 sizes.append(len(table))
                 yield table
 
-    encode_corpus(tiny_checkpoint, Watched(corpus), tmp_path, batch_size=1, shard_size=40)
+    encode_corpus(tiny_checkpoint, Watched(corpus, ANYWHERE), tmp_path, batch_size=1, shard_size=40)
     assert max(sizes) == 4 and len(ahead) == 40
     assert 1 < max(ahead) <= 2 * WINDOW_BATCHES + len(BAD) + 2 < 40
 
 
 def test_command(tiny_checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [str(tiny_checkpoint), str(corpus), "--output", str(tmp_path), "--shard-size", "30"]
+    arguments = [str(tiny_checkpoint), str(corpus), *ROOT, "--output", str(tmp_path), "--shard-size", "30"]
     main([*arguments, "--truncate-dim", "8", "--batch-size", "4"])
     said = capsys.readouterr().out
     assert "37 notes encoded, 3 failed" in said and "--retry-failures" in said
@@ -446,7 +447,7 @@ def test_settings_out_of_range(
     settings: dict[str, Any], complaint: str, tiny_checkpoint: Path, corpus: Path, tmp_path: Path
 ):
     with pytest.raises(ValueError, match=f"{complaint}="):
-        encode_corpus(tiny_checkpoint, NoteTable(corpus), tmp_path / "new", **settings)
+        encode_corpus(tiny_checkpoint, NoteTable(corpus, ANYWHERE), tmp_path / "new", **settings)
     assert not (tmp_path / "new").exists()
 
 
@@ -459,7 +460,7 @@ def test_an_interrupted_command_goes_on(
     caplog: pytest.LogCaptureFixture,
 ):
     """One line, and the status of a command that was interrupted."""
-    arguments = [str(tiny_checkpoint), str(corpus), "--output", str(tmp_path), "--batch-size", "2"]
+    arguments = [str(tiny_checkpoint), str(corpus), *ROOT, "--output", str(tmp_path), "--batch-size", "2"]
     arguments += ["--shard-size", "7", "--max-failures", "0.5"]
     add, calls = hub.encode._Progress.add, iter(range(100))
 
@@ -489,7 +490,7 @@ def test_an_interrupted_command_goes_on(
 def test_a_mistyped_model_is_said_at_once(name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", lambda *_: pytest.fail("the Hub is asked"))
     with pytest.raises(SystemExit, match=f"^model='{name}': no such folder here, and no such Hub id could be read.$"):
-        main([name, str(corpus), "--output", str(tmp_path)])
+        main([name, str(corpus), *ROOT, "--output", str(tmp_path)])
 
 
 def test_a_model_that_cannot_be_loaded_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """A model's fingerprint is of all that decides on an embedding, and of nothing else."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from transformers import AutoModel, LlamaConfig
 
 from hub.card import CardOptions
 from hub.export import export
-from hub.fingerprint import model_fingerprint
-from modeling_notellm2 import NoteLLM2Model
+from hub.fingerprint import _LATER_SETTINGS, model_fingerprint
+from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model
 from tests.backbones import save
 
 
@@ -85,6 +86,31 @@ def test_a_fingerprint_is_of_no_place_and_no_release(
     monkeypatch.setattr(LlamaConfig, "__init__", with_a_new_default)
     model = AutoModel.from_pretrained(folder)
     assert model.config.text_config.setting_of_tomorrow == 1 and model_fingerprint(model) == expected
+
+
+FIRST_SETTINGS = frozenset(
+    """text_config vision_config connector qformer_config num_visual_tokens image_token_id image_embedding_token_id
+    late_fusion late_fusion_initial_weight late_fusion_normalize late_fusion_hidden_size embedding_dim
+    initial_temperature learnable_temperature freeze_vision_tower lora initializer_range""".split()
+)
+"""Of the first release. A new setting does not belong here: a checkpoint of that release has none of its name."""
+
+
+def unlisted_settings(config_class: type[NoteLLM2Config]) -> set[str]:
+    """Settings of which a fingerprint does not know what they were before they had a name."""
+    return set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs", *FIRST_SETTINGS}
+
+
+def test_every_setting_of_a_later_release_has_its_former_value():
+    """Otherwise a checkpoint that is saved anew gets another fingerprint, and its folders of embeddings are refused."""
+    assert unlisted_settings(NoteLLM2Config) == set(_LATER_SETTINGS), "say in hub.fingerprint._LATER_SETTINGS"
+    assert not FIRST_SETTINGS & set(_LATER_SETTINGS)
+
+    class Tomorrow(NoteLLM2Config):
+        def __init__(self, late_fusion: Any = "scalar", standardize_states: bool = False, tomorrow: int = 1) -> None:
+            super().__init__(late_fusion=late_fusion, standardize_states=standardize_states)
+
+    assert unlisted_settings(Tomorrow) == {"tomorrow", "standardize_states"}  # control: a new one is seen
 
 
 @pytest.mark.parametrize("has_lora", [False, True])

@@ -47,7 +47,16 @@ def written(tiny_export: Path, world_folder: Path, tmp_path_factory: pytest.Temp
     table = load_notes(world_folder / "notes.jsonl").select(range(12))
     table = table.add_column("price", ["a secret"] * 12)
     table.to_parquet(root / "notes.parquet")
-    notes = ["--notes", str(root / "notes.parquet"), "--top-k", "3", "--title", "Shelves: a look"]
+    notes = [
+        "--notes",
+        str(root / "notes.parquet"),
+        "--image-root",
+        str(world_folder),
+        "--top-k",
+        "3",
+        "--title",
+        "Shelves: a look",
+    ]
     main([str(tiny_export), str(root / "shelves"), "--model-id", MODEL_ID, *notes])
     return root / "shelves"
 

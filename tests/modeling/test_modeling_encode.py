@@ -1,5 +1,6 @@
 """`encode`: notes in, embeddings out, in order, whatever the batch."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 import modeling_notellm2.modeling_notellm2 as modeling
-from modeling_notellm2 import NoteError, NoteLLM2Model
+from modeling_notellm2 import NonFiniteError, NoteError, NoteLLM2Model
 from tests.backbones import random_picture
 
 Notes = list[dict[str, Any]]
@@ -112,7 +113,7 @@ def test_a_bad_note_is_named_by_its_place_in_the_whole_input(
     shared_tiny_model: NoteLLM2Model, notes: Notes, batch_size: int
 ) -> None:
     many = notes * 5
-    for bad, message in (({"title": 3}, ".title is 3 (int)"), ({"image": b"x"}, ".image (a bytes) cannot be read")):
+    for bad, message in (({"title": 3}, ".title is 3 (int)"), ({"image": b"x"}, ".image: the bytes cannot be read")):
         with pytest.raises(NoteError) as error:
             shared_tiny_model.encode([*many, bad, *many], batch_size=batch_size)
         assert str(error.value).startswith("notes[30]" + message)
@@ -130,6 +131,77 @@ def test_the_training_mode_is_restored(tiny_model: NoteLLM2Model, notes: Notes) 
     tiny_model.eval()
     tiny_model.encode(notes)
     assert not tiny_model.training
+
+
+def test_each_module_has_its_own_mode_again(tiny_model: NoteLLM2Model, notes: Notes) -> None:
+    tiny_model.train()
+    tiny_model.language_model.eval()
+    modes = {name: module.training for name, module in tiny_model.named_modules()}
+    tiny_model.encode(notes[:1])
+    assert {name: module.training for name, module in tiny_model.named_modules()} == modes
+    assert set(modes.values()) == {True, False}
+
+
+def test_threads_encode_at_once_with_a_model_in_training_mode(
+    tiny_model: NoteLLM2Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that ends first must not bring dropout back for the other, nor the last leave evaluation mode behind."""
+    notes = [{"title": f"note {number}"} for number in range(2)]
+    expected = tiny_model.encode(notes)
+    tiny_model.language_model.config.attention_dropout = 0.5
+    for layer in tiny_model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    tiny_model.train()
+    with torch.no_grad():  # control: the mode shows
+        assert not np.allclose(tiny_model(**tiny_model.processor(notes)).note_embeds, expected, atol=1e-3)
+    first_is_in, first_may_go_on, second_is_done = threading.Event(), threading.Event(), threading.Event()
+    embed = tiny_model._embed_batch
+    modes: list[bool] = []
+
+    def in_turns(batch: Any) -> torch.Tensor:
+        if threading.current_thread().name == "first":
+            first_is_in.set()
+            assert first_may_go_on.wait(60)
+        modes.append(tiny_model.training)
+        return embed(batch)
+
+    monkeypatch.setattr(tiny_model, "_embed_batch", in_turns)
+    found: dict[str, np.ndarray] = {}
+
+    def encode() -> None:
+        found[threading.current_thread().name] = np.asarray(tiny_model.encode(notes))
+        if threading.current_thread().name == "second":
+            second_is_done.set()
+
+    threads = [threading.Thread(target=encode, name=name) for name in ("first", "second")]
+    threads[0].start()
+    assert first_is_in.wait(60)
+    threads[1].start()
+    assert second_is_done.wait(60)
+    assert not tiny_model.training
+    first_may_go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert modes == [False, False] and tiny_model.training and tiny_model.language_model.training
+    for name in ("first", "second"):
+        np.testing.assert_allclose(found[name], expected, atol=1e-6)
+
+
+def test_an_embedding_that_is_not_finite_is_named(tiny_model: NoteLLM2Model) -> None:
+    """A weight that one note's text alone reads; and where the caller looks for them, the others are what they were."""
+    notes = [{"title": title} for title in ("oak", "ash", "7")]
+    only = set(tiny_model.processor.encode_note(notes[2]).input_ids)
+    for note in notes[:2]:
+        only -= set(tiny_model.processor.encode_note(note).input_ids)
+    expected = tiny_model.encode(notes)
+    with torch.no_grad():
+        tiny_model.get_input_embeddings().weight[sorted(only)] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"of 1 of 3 notes are not finite, that of notes\[2\] first: compute in"):
+        tiny_model.encode(notes)
+    embeds = np.asarray(tiny_model.encode(notes, check_finite=False))
+    assert np.isnan(embeds[2]).all()
+    np.testing.assert_allclose(embeds[:2], expected[:2], atol=1e-5)
+    np.testing.assert_allclose(tiny_model.encode(notes[:2]), expected[:2], atol=1e-5)
 
 
 def test_another_processor(shared_tiny_model: NoteLLM2Model, notes: Notes, compose: Callable) -> None:

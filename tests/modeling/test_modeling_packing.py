@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Gemma2Config
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_notellm2 import NoteLLM2Model
+from modeling_notellm2 import NoteLLM2Config, NoteLLM2Model
 from modeling_notellm2 import modeling_notellm2 as modeling
-from modeling_notellm2.packing_notellm2 import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, pack, packed_attention
+from modeling_notellm2.packing_notellm2 import (
+    PACKABLE_MODEL_TYPES,
+    PACKED_ATTENTION,
+    PackedBatch,
+    pack,
+    packed_attention,
+)
 from tests.backbones import LLMS, random_picture, save
 
 Notes = list[dict[str, Any]]
@@ -42,8 +48,8 @@ def states(model: NoteLLM2Model, notes: Notes, padding_side: Any = "right") -> T
 def test_packed_is_padded(
     compose: Callable, notes: Notes, llm: str, template: str, padding_side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sliding windows shorter than a note (Mistral, Gemma 3) among them; weights far from zero, so that what a note
-    sees matters."""
+    """Sliding windows shorter than a note (Mistral, Gemma 3, Starcoder 2) among them; weights far from zero, so that
+    what a note sees matters."""
     model = compose(llm, processor={"template": template})
     is_packed = model.language_model.config._attn_implementation == PACKED_ATTENTION
     assert is_packed == (model.language_model.config.model_type in PACKABLE_MODEL_TYPES)
@@ -142,6 +148,45 @@ def test_each_batch_brings_its_own_code(
     assert type(other) is not type(tiny_model) and registry()[PACKED_ATTENTION] is not packed_attention
     for model in (other, tiny_model):
         np.testing.assert_allclose(model.encode(notes), expected, atol=1e-6)
+
+
+def test_what_sdpa_would_leave_out_is_refused() -> None:
+    """Soft caps and attention sinks: "sdpa" takes them as keywords, and does not look at them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llm = Gemma2Config(**sizes, vocab_size=20, num_hidden_layers=1, head_dim=8)
+    config = NoteLLM2Config(text_config=llm, image_token_id=18, image_embedding_token_id=19, embedding_dim=8)
+    model = NoteLLM2Model(config).eval()
+    assert llm.attn_logit_softcapping and model.language_model.config._attn_implementation != PACKED_ATTENTION
+    ids = torch.randint(1, 18, (2, 7))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model.language_model.set_attn_implementation(PACKED_ATTENTION)
+        with pytest.raises(ValueError, match="Gemma2Attention attends with softcap, which packing does not know"):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    plan, states = pack(ids, torch.ones_like(ids), IMAGE), torch.randn(1, 2, 14, 4)
+    with pytest.raises(ValueError, match="attends with s_aux"):
+        plan.attend(torch.nn.Identity(), states, states, states, s_aux=torch.ones(2))
+
+
+def test_layers_share_the_mask_of_a_window(compose: Callable, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once a batch, and only for a batch with a note that is longer."""
+    plans: list[PackedBatch] = []
+
+    def watched(*arguments: Any) -> PackedBatch:
+        plans.append(pack(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(modeling, "pack", watched)
+    model = compose("mistral")
+    with torch.no_grad():
+        model(**model.processor(notes))
+    longest = plans[0].rows.shape[1]
+    (mask,) = plans[0].masks.values()
+    expected = torch.ones(longest, longest, dtype=torch.bool).tril() & torch.ones(longest, longest).triu(-15).bool()
+    assert list(plans[0].masks) == [16] and longest > 16 and torch.equal(mask, expected)
+    short = pack(torch.arange(32).view(2, 16), torch.ones(2, 16, dtype=torch.int64), IMAGE)
+    assert short._mask(16) is None and short._mask(None) is None and short._mask(15) is short._mask(15) is not None
 
 
 def test_one_note_has_no_common_beginning() -> None:

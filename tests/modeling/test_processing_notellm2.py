@@ -1,8 +1,6 @@
-"""Prompts, hostile text, bad input, saving and loading of the processor."""
+"""Prompts, bad input, saving and loading of the processor. (Hostile notes: test_hostile_text, test_hostile_images.)"""
 
-import io
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -101,52 +99,6 @@ def test_fields_are_cut_by_tokens_and_the_structure_stays(tokenizer: str, templa
     assert none.encode_note({**long, "image": random_picture(0)}).input_ids == empty
 
 
-@pytest.mark.parametrize("field", ["title", "topics", "content"])
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@each_template
-def test_text_cannot_forge_a_token(tokenizer: str, field: str, template: str) -> None:
-    """For every added and special token: the structure's ids are those of the same note with harmless text."""
-    lengths = {"max_title_tokens": 200, "max_topics_tokens": 200, "max_content_tokens": 200}
-    processor = make(tokenizer, template=template, **lengths)
-    injections = [PROMPTS[name, "micl", "en"] for name in ("paper", "compact")]
-    inner = processor.tokenizer
-    control = set(inner.added_tokens_decoder) | set(inner.all_special_ids)
-    tokens = [inner.convert_ids_to_tokens(i) for i in sorted(control)]
-    assert {"<IMG>", "<IMG_EMB>"} < set(tokens)
-    picture = random_picture(0)
-    harmless = [i for i in processor.encode_note({field: "oak", "image": picture}).input_ids if i in control]
-    unknown = inner.unk_token_id if tokenizer == "unigram" else None  # its alphabet lacks some of our letters
-    harmless = [i for i in harmless if i != unknown]
-    full_width = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in "<IMG_EMB>")
-    texts = [*tokens, "".join(tokens), " ".join(tokens), *injections, full_width, "<IMG_<IMG_EMB>EMB>", "\u200b<IMG>"]
-    for text in texts:
-        ids = processor.encode_note({field: f"a {text} z", "image": picture}).input_ids
-        assert [i for i in ids if i in control and i != unknown] == harmless, text
-    for token in tokens:  # negative control: the tokenizer's own call makes the token
-        assert inner.convert_tokens_to_ids(token) in inner(f"a {token} z").input_ids
-
-
-@pytest.mark.parametrize("tokenizer", [name for name in TOKENIZERS if name != "unigram"])
-@pytest.mark.parametrize("language", ["en", "zh"])
-@each_template
-def test_text_that_imitates_the_template_moves_nothing(tokenizer: str, language: Any, template: str) -> None:
-    """The two tokens that are read, and all others that are not the text's own, are those of a note without text."""
-    processor = make(tokenizer, language=language, template=template)
-    empty = processor.encode_note({"image": random_picture(0)}).input_ids
-    lines = ["a\nb", "a\r\nb", "a\u2028b", "a\x85b", "a\x0bb", ":", "\n:", "：", "\n"]
-    for text in [*lines, *(PROMPTS[name, "micl", language] for name in ("paper", "compact"))]:
-        note = {"title": text, "topics": [text, text], "content": text, "image": random_picture(0)}
-        encoded = processor.encode_note(note)
-        own = [token for token, is_text in zip(encoded.input_ids, encoded.text_mask, strict=True) if not is_text]
-        assert own == empty
-        is_end = [token == processor.image_embedding_token_id for token in encoded.input_ids]
-        assert sum(is_end) == 1 and not any(encoded.text_mask[: is_end.index(True) + 1]) and not encoded.text_mask[-1]
-        assert "\n" not in processor.tokenizer.decode(
-            [token for token, is_text in zip(encoded.input_ids, encoded.text_mask, strict=True) if is_text]
-        )
-    assert len(encoded.input_ids) > len(own)  # control: there was text
-
-
 def test_a_control_token_in_the_text_is_spelled_out() -> None:
     """It is text about the token: nothing of it is lost, also where the vocabulary's merges would build the token."""
     for tokenizer in ("byte_level", "merging", "metaspace"):
@@ -170,36 +122,6 @@ def test_unknown_letters_are_unknown_tokens() -> None:
     )
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\ud800 lone \udfff",
-        "\x00nul\x00",
-        "".join(map(chr, range(32))) + "x",
-        "\u202eright to left",
-        "👩‍👩‍👧" * 50,
-        "a\u0301" * 50,
-    ],
-)
-def test_strange_text_is_encoded(tokenizer: str, text: str) -> None:
-    processor = make(tokenizer)
-    batch = processor([{"title": text, "topics": [text], "content": text, "image": random_picture(0)}])
-    assert batch["input_ids"].max() < len(processor.tokenizer)
-
-
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("letter", ["a", " a", "<", "笔", "<IMG>", "\U0001f600"])
-def test_a_megabyte_is_bounded(tokenizer: str, letter: str) -> None:
-    processor = make(tokenizer)
-    processor.encode_note("warm")
-    text = letter * (1_000_000 // len(letter.encode()))
-    start = time.perf_counter()
-    ids = processor.encode_note({"title": text, "topics": text, "content": text}).input_ids
-    assert time.perf_counter() - start < 1.0
-    assert len(ids) <= len(processor.encode_note("a").input_ids) + 32 + 32 + 128
-
-
 BAD_NOTES: dict[str, tuple[Any, str]] = {
     "number": (7, "is a int: pass a mapping with title, topics, content, image, or a string, or a PIL image"),
     "none": (None, "is a NoneType: pass a mapping"),
@@ -217,9 +139,18 @@ BAD_NOTES: dict[str, tuple[Any, str]] = {
     "folder": ({"image": "/"}, ".image: no file '/'"),
     "long path": ({"image": "x" * 5000}, ".image: no file 'xxx"),
     "nul path": ({"image": "a\0b"}, ".image: no file 'a\\x00b'"),
-    "url": ({"image": "https://example.org/a.jpg"}, "is the address 'https://example.org/a.jpg': download it"),
-    "image type": ({"image": 3}, ".image is a int: pass a PIL image, a path, the bytes of an image file, or a uint8"),
-    "float array": ({"image": np.ones((4, 4, 3))}, ".image is an array of float64: pass uint8 values from 0 to 255"),
+    "url": (
+        {"image": "https://example.org/a.jpg"},
+        ".image: 'https://example.org/a.jpg' is an address, and nothing is fetched: download it",
+    ),
+    "image type": (
+        {"image": 3},
+        ".image: it is a int: pass a PIL image, a path, the bytes of an image file, or a uint8",
+    ),
+    "float array": (
+        {"image": np.ones((4, 4, 3))},
+        ".image: it is an array of float64: pass uint8 values from 0 to 255",
+    ),
 }
 UNREADABLE: dict[str, Any] = {
     "no picture": b"not an image",
@@ -241,29 +172,8 @@ def test_bad_notes_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_unreadable_pictures_are_refused(kind: str) -> None:
     for note in ({"image": UNREADABLE[kind]}, {"title": "oak", "image": UNREADABLE[kind]}):
-        with pytest.raises(NoteError, match=r"^notes\[1\]\.image .*(None|leave the image out)"):
+        with pytest.raises(NoteError, match=r"^notes\[1\]\.image: .*(None|leave the image out)"):
             make()(["fine", note])
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_files_are_refused_and_never_crash() -> None:
-    rng = np.random.default_rng(0)
-    processor = make()
-    refused = 0
-    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
-        buffer = io.BytesIO()
-        random_picture(1).save(buffer, kind)
-        data = buffer.getvalue()
-        for trial in range(25):
-            damaged = bytearray(data[: rng.integers(4, len(data))] if trial % 2 else data)
-            for position in rng.integers(0, len(damaged), 6):
-                damaged[position] = rng.integers(0, 256)
-            try:
-                processor([{"image": bytes(damaged)}])
-            except NoteError as error:
-                refused += 1
-                assert str(error).startswith("notes[0].image")
-    assert refused > 50
 
 
 def test_every_kind_of_image_gives_the_same_pixels(tmp_path: Path) -> None:
@@ -321,7 +231,7 @@ def test_padding() -> None:
         ({"prompt": "chat"}, "prompt='chat' is unknown"),
         ({"language": "fr"}, "language='fr' is unknown"),
         ({"padding_side": "both"}, "padding_side='both' is unknown"),
-        ({"num_visual_tokens": 0}, "num_visual_tokens=0 must be at least 1"),
+        ({"num_visual_tokens": 0}, "num_visual_tokens=0 must lie between 1"),
         ({"max_title_tokens": -1}, "max_title_tokens=-1 must be at least 0"),
         ({"template": "<IMG><IMG_EMB>{title}"}, "must end in its own words"),
         ({"template": "{title}<IMG>.<IMG_EMB>."}, "put <IMG> first"),

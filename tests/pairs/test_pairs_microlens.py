@@ -46,7 +46,7 @@ def arguments(files, output):
 def test_written_tables_are_notes_and_views(tmp_path, files):
     main(arguments(files, tmp_path / "out"))
     notes, views = (
-        load_notes(tmp_path / "out" / "notes.parquet"),
+        load_notes(tmp_path / "out" / "notes.parquet", tmp_path),
         Dataset.from_parquet(str(tmp_path / "out" / "views.parquet")),
     )
     cover = {item: str(tmp_path / "covers" / f"{item}.jpg") for item in (1, 3, 5)}

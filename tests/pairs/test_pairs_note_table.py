@@ -9,7 +9,7 @@ from datasets import Dataset
 import pairs.note_table
 from pairs.files import to_arrow
 from pairs.note_table import NoteTable
-from pairs.tables import load_notes, write_table
+from pairs.tables import ANYWHERE, load_notes, write_table
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "folder"])
@@ -20,9 +20,12 @@ def test_it_gives_the_rows_of_load_notes(kind: str, world_folder: Path, tmp_path
         notes.save_to_disk(str(path))
     else:
         write_table(notes, path)
-    expected, table = to_arrow(load_notes(path)).select(["note_id", "title", "topics", "content", "image"]), None
+    expected, table = (
+        to_arrow(load_notes(path, ANYWHERE)).select(["note_id", "title", "topics", "content", "image"]),
+        None,
+    )
     for start, stop in [(0, 30), (0, 0), (29, 30), *(sorted(random.Random(i).sample(range(31), 2)) for i in range(4))]:
-        table = NoteTable(path)
+        table = NoteTable(path, ANYWHERE)
         assert list(table.rows(start, stop)) == expected.slice(start, stop - start).to_pylist()
     assert table is not None and len(table) == 30 and Path(expected["image"][0].as_py()).is_file()
     assert table.fingerprint() == NoteTable(path).fingerprint()

@@ -69,9 +69,9 @@ def test_every_fault_is_found_once(bad):
     ]
     details = {row[:1] + row[2:3]: row[3] for row in rows}
     assert details[9, "duplicate_id"] == "first in row 1"
-    assert details[7, "url_image"] == "https://host/g.png is a URL"
-    assert details[4, "missing_image"] == f"no file {bad / 'missing.png'}"
-    assert details[8, "unreadable_image"].startswith(f"{bad / 'broken.jpg'}: OSError: ")
+    assert details[7, "url_image"] == "'https://host/g.png' is a URL"
+    assert details[4, "missing_image"] == f"no file {str(bad / 'missing.png')!r}"
+    assert details[8, "unreadable_image"].startswith(f"{str(bad / 'broken.jpg')!r} cannot be read (")
     assert details[5, "near_duplicate_image"] == "like 'a' of row 1, 2 of 64 bits differ"
     assert details[9, "near_duplicate_image"] == "like 'b' of row 2, 0 of 64 bits differ"
     assert details[2, "unknown_note"] == "no note related_note_id 'x'"

@@ -59,7 +59,7 @@ def test_written_notes_move_with_their_images(tmp_path, suffix):
     notes = Dataset.from_dict({"note_id": ["a", "b"], "title": ["", "1999-01-01"], "image": [str(image), None]})
     write_table(notes, tmp_path / "old" / "tables" / f"notes{suffix}")
     shutil.move(tmp_path / "old", tmp_path / "new")
-    loaded = load_notes(tmp_path / "new" / "tables" / f"notes{suffix}")
+    loaded = load_notes(tmp_path / "new" / "tables" / f"notes{suffix}", tmp_path / "new")
     assert loaded["image"][:] == [str(tmp_path / "new" / "images" / "a.png"), None]
     assert loaded["title"][:] == ["", "1999-01-01"]
     assert [file.name for file in (tmp_path / "new" / "tables").iterdir()] == [f"notes{suffix}"]
@@ -91,7 +91,10 @@ def test_read_notes_lets_bad_rows_stand(tmp_path):
         (["note_id,title", "a,x", "a,y"], "rows 1 and 2: 'note_id' 'a' twice"),
         (["note_id,title", "a,x", ",y"], "row 2: 'note_id' is empty"),
         (["id,title", "a,x"], "no column 'note_id'"),
-        (["note_id,image", "a,https://host/a.png"], "row 1: 'image' 'https://host/a.png' is a URL; download"),
+        (
+            ["note_id,image", "a,https://host/a.png"],
+            "row 1: 'image' 'https://host/a.png' is a URL, and nothing is fetched; download",
+        ),
         (["note_id,title", "a,x,z"], "not a readable .csv table"),
     ],
 )

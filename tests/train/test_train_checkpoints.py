@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
+from train.checkpoints import checkpoint_problem, newest_whole_checkpoint, write_checksums
 from train.trainer import NoteLLM2Trainer
 
 BuildTrainer = Callable[..., NoteLLM2Trainer]
@@ -63,6 +63,40 @@ def test_a_flipped_byte_of_the_optimizer_is_found(run: Path):
     assert "optimizer.pt is damaged" in str(checkpoint_problem(run / "checkpoint-2"))
 
 
+def test_damage_that_leaves_files_readable_is_found_by_checksums(run: Path, build_trainer: BuildTrainer):
+    newest = run / "checkpoint-2"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    for name in ("model.safetensors", "trainer_state.json"):
+        whole = (newest / name).read_bytes()
+        damaged = bytearray(whole)
+        if name == "model.safetensors":
+            damaged[-5] ^= 0x40  # a weight
+        else:
+            damaged = bytearray(json.dumps({**state, "epoch": state["epoch"] + 1}).encode())
+        (newest / name).write_bytes(damaged)
+        assert checkpoint_problem(newest) == f"{name} is damaged, by its checksum"
+        assert newest_whole_checkpoint(run) == run / "checkpoint-1"
+        with pytest.raises(ValueError, match=f"checkpoint-2.*{name} is damaged"):
+            build_trainer(output_dir=str(run), max_steps=3).train(resume_from_checkpoint=str(newest))
+        checksums = (newest / "checksums.json").rename(newest / "checksums")
+        assert checkpoint_problem(newest) is None  # control: nothing else finds it
+        checksums.rename(newest / "checksums.json")
+        (newest / name).write_bytes(whole)
+    assert newest_whole_checkpoint(run) == newest
+
+
+def test_what_a_run_goes_on_with_besides_the_checkpoint_has_a_checksum_too(run: Path):
+    negatives = run / "hard_negatives" / "epoch-0.npy"
+    negatives.parent.mkdir()
+    negatives.write_bytes(b"rows")
+    write_checksums(run / "checkpoint-2")
+    assert checkpoint_problem(run / "checkpoint-2") is None
+    negatives.write_bytes(b"rowz")
+    assert checkpoint_problem(run / "checkpoint-2") == "../hard_negatives/epoch-0.npy is damaged, by its checksum"
+    negatives.unlink()
+    assert checkpoint_problem(run / "checkpoint-2") is None  # the trainer says what it does then
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -85,6 +119,8 @@ def test_a_missing_shard_is_named(run: Path):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert "model-00002-of-00002.safetensors is missing" in str(checkpoint_problem(checkpoint))
     shutil.copy(checkpoint / names["a"], checkpoint / names["b"])
+    assert checkpoint_problem(checkpoint) == "model.safetensors is missing, which checksums.json names"
+    write_checksums(checkpoint)
     assert checkpoint_problem(checkpoint) is None
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from modeling_notellm2 import NoteLLM2Model
+from pairs.disk import sha256
 from pairs.split import load_split
 from pairs.tables import write_table
 from tests.train import tiny
@@ -175,6 +176,9 @@ def with_damaged_images(splits_folder: Path, folder: Path) -> Path:
     for number, row in enumerate(rows):
         row["image"] = str(damaged) if number % 4 == 3 else rows[0]["image"] if number % 3 == 2 else row["image"]
     write_table(Dataset.from_list(rows), folder / "train" / "notes.arrow")
+    record = json.loads((folder / "splits.json").read_text())
+    record["checksums"] = {name: sha256(folder / name) for name in record["checksums"]}
+    (folder / "splits.json").write_text(json.dumps(record))
     return folder
 
 

@@ -303,7 +303,7 @@ def test_the_evaluation_reads_from_the_store(
     monkeypatch.setattr(run, "check_model", lambda *_: None)
     monkeypatch.setattr(run, "load_model", lambda *_: model)
     command = ["--notes", str(folder / "notes.jsonl"), "--pairs", str(folder / "pairs.parquet"), "--ks", "5"]
-    command += ["--model", "m=somewhere", "--baselines", "--output", str(output)]
+    command += ["--model", "m=somewhere", "--baselines", "--output", str(output), "--image-root", "/"]
     run.main([*command, "--vision-features-dir", str(tmp_path / "store")])
     assert sum(runs) <= len(split.notes)
     found = json.loads((output / "report.json").read_text())["rows"]

@@ -18,7 +18,8 @@ from hub.verify import verify
 from pairs.query import PairOptions
 from pairs.split import SplitOptions, load_split, make_splits
 from pairs.tables import load_notes
-from train.run import main
+from train.arguments import NoteLLM2TrainingArguments
+from train.run import UserError, checkpoint_to_resume, main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "paper").glob("*.yaml")])
@@ -197,6 +198,43 @@ def test_resume_takes_the_last_checkpoint(tmp_path: Path):
     main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "last"])
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and [e["step"] for e in state["log_history"] if "eval_recall@10" in e] == [1, 2]
+
+
+def checkpoint(folder: Path, *missing: str) -> Path:
+    """A checkpoint of one process as far as its names go."""
+    folder.mkdir(parents=True)
+    for name in {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} - {*missing}:
+        (folder / name).write_text("{}")
+    return folder
+
+
+def to_resume(folder: Path) -> str | None:
+    return checkpoint_to_resume(
+        NoteLLM2TrainingArguments(output_dir=str(folder), resume_from_checkpoint="auto", use_cpu=True, report_to="none")
+    )
+
+
+def test_auto_begins_anew_where_checkpoints_were_cut_off(tmp_path: Path):
+    assert to_resume(tmp_path / "none") is None
+    cut_off = checkpoint(tmp_path / "checkpoint-1", "trainer_state.json")
+    other = checkpoint(tmp_path / "kept-by-hand", "trainer_state.json")
+    assert to_resume(tmp_path) is None
+    assert not cut_off.exists() and other.exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "problem"),
+    [("rng_state.pth", "another number of processes"), ("scheduler.pt", "scheduler.pt is missing")],
+)
+def test_auto_never_deletes_training(missing: str, problem: str, tmp_path: Path):
+    """Two processes have saved it, and one is started; or it was damaged after it was written."""
+    complete = checkpoint(tmp_path / "checkpoint-2", missing)
+    (complete / "rng_state_1.pth").write_text("")
+    cut_off = checkpoint(tmp_path / "checkpoint-4", "trainer_state.json")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"auto: .*checkpoint-2 .*{problem}.*--output_dir"):
+        to_resume(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before and cut_off.exists()
 
 
 def test_refuses_to_mix_two_runs_in_one_folder(tmp_path: Path):
