@@ -217,6 +217,7 @@ def _run_command(
 ) -> None:
     os.setsid()
     os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True)  # as a command has it, not the server that it was forked from
     for stream in (1, 2):
         os.dup2(said.fileno(), stream)
     said.close()
@@ -281,16 +282,8 @@ class FaultBench:
             *("train/run.py", "--splits", str(self.splits), "--model", model, "--use_cpu", "--max_steps", str(STEPS)),
             *("--save_steps", str(SAVED_EVERY), "--per_device_train_batch_size", "4", "--warmup_steps", "0"),
             *("--report_to", "none", "--disable_tqdm", "True", "--eval_untrained", "False", "--logging_steps", "1"),
-            *(
-                "--eval_steps",
-                str(SAVED_EVERY),
-                "--head_warmup_steps",
-                "2",
-                "--hard_negatives",
-                "1",
-                "--resume_from_checkpoint",
-                "auto",
-            ),
+            *("--eval_steps", str(SAVED_EVERY), "--head_warmup_steps", "2", "--head_learning_rate", "1e-3"),
+            *("--hard_negatives", "1", "--resume_from_checkpoint", "auto"),
         ]
         yield Job(
             "training",
