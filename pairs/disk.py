@@ -78,8 +78,10 @@ def disk_errors_named(place: str | Path) -> Iterator[None]:
                 f"/dev/shm, the memory that the loaders share, cannot be written ({trouble}): make it larger, or take "
                 "fewer loaders or smaller batches, and run the same command again."
             ) from error
-        filename = error.filename if isinstance(error, OSError) else None
-        if isinstance(filename, str | bytes) and not _is_of(os.fsdecode(filename), place):
+        # A copy names its source first.
+        names = [error.filename, error.filename2] if isinstance(error, OSError) else []
+        files = [os.fsdecode(name) for name in names if isinstance(name, str | bytes)]
+        if files and not any(_is_of(file, place) for file in files):
             raise
         raise DiskError(
             f"{place} cannot be written ({trouble}): make room on its disk, or give another place, and run the same "

@@ -122,6 +122,17 @@ def test_a_file_elsewhere_is_not_called_the_place(name: str, is_of_place: bool, 
     assert isinstance(caught.value, DiskError) == is_of_place and (is_of_place or caught.value is error)
 
 
+def test_a_copy_into_the_place_is_of_the_place(tmp_path: Path):
+    """It names its source first, which is elsewhere; a copy between other places is no business of ours."""
+    number, source = errno.ENOSPC, str(tmp_path / "source.py")
+    with pytest.raises(DiskError, match=r"out cannot be written"), disk_errors_named(tmp_path / "out"):
+        raise OSError(number, os.strerror(number), source, None, str(tmp_path / ".out.unfinished-1" / "source.py"))
+    error = OSError(number, os.strerror(number), source, None, str(tmp_path / "other"))
+    with pytest.raises(OSError) as caught, disk_errors_named(tmp_path / "out"):
+        raise error
+    assert caught.value is error
+
+
 def test_full_shared_memory_has_words_of_its_own():
     words = "unable to write to file </torch_2711_38_0>: No space left on device (28)"
     for error in (RuntimeError(words), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/torch_2711_38_0")):
