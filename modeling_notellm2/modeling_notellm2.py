@@ -34,6 +34,9 @@ from transformers.utils import ModelOutput, is_peft_available, logging
 from .configuration_notellm2 import NoteLLM2Config
 from .connector_notellm2 import QFormerConnector, build_connector
 from .fusion_notellm2 import GateOutput, LateFusion, unit_length
+
+# Not used here: transformers 5.6 to 5.9 takes out of a local folder what this file names, and no more.
+from .image_notellm2 import ImageError  # noqa: F401
 from .packing_notellm2 import PACKABLE_MODEL_TYPES, PACKED_ATTENTION, pack, packed_states
 from .processing_notellm2 import EncodedNote, NoteLLM2Processor
 from .vision_notellm2 import VisionFeatures, VisionTower

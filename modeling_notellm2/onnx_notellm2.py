@@ -17,9 +17,15 @@ import onnxruntime  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+# Some only because transformers 5.6 to 5.9 takes out of a local folder what is named here, and no more.
 from .configuration_notellm2 import NoteLLM2Config
+from .connector_notellm2 import build_connector  # noqa: F401
+from .fusion_notellm2 import LateFusion  # noqa: F401
+from .image_notellm2 import ImageError  # noqa: F401
 from .modeling_notellm2 import NoteEncoderMixin
+from .packing_notellm2 import pack  # noqa: F401
 from .processing_notellm2 import NoteLLM2Processor
+from .vision_notellm2 import VisionTower  # noqa: F401
 
 MODEL_FILE = "model.onnx"
 VISION_FILE = "vision.onnx"
