@@ -165,7 +165,8 @@ def load_pairs(path: str | Path) -> Dataset:
     _refuse_missing(table, ids, path)
     columns = {name: _ids(table, name, path) for name in ids}
     columns["score"] = _numbers(table, "score", pa.float64(), path)
-    if "score" in table.column_names:  # a null would be damage that Parquet does not see: a byte of its footer
+    # A table without scores may have been written with a column of nulls; a null among scores is damage.
+    if columns["score"].null_count < len(table):
         _refuse_rows(pc.is_null(columns["score"]), "score", path, "is empty; fill it in or leave the column out")
     has_ranks = "rank" in table.column_names
     columns["rank"] = _numbers(table, "rank", pa.int32(), path) if has_ranks else _places(columns["note_id"])
