@@ -1,6 +1,7 @@
 """Tiny backbones, models and notes that every test may use. Nothing here touches the network."""
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from pairs.simulate import SimulationOptions, simulate
 from pairs.split import SplitOptions, make_splits
 from pairs.tables import load_notes
 from tests.backbones import QFORMER, move, random_picture, save, save_llm, save_multimodal_llm, save_tower
+
+# Under `pytest -n` the processes share the cores; a process that a test starts has them to share, too.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 WORLD = SimulationOptions(notes=96, subjects=3, looks=3, users=150, image_size=24, seed=1)
 

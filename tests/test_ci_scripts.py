@@ -1,5 +1,5 @@
-"""What .ci/run and .ci/audit do where an index, a network or a program is not as they would have it. They run as they
-are, on stand-ins of the programs that they start."""
+"""What .ci/run, .ci/lowest and .ci/audit do where an index, a network or a program is not as they would have it. They
+run as they are, on stand-ins of the programs that they start."""
 
 import shutil
 import subprocess
@@ -98,3 +98,42 @@ def test_what_is_not_audited_is_said(run: Run, curl: str | None, said: str) -> N
     finished = run("audit", {"curl": curl, "python3": "echo it went on; exit 9"})
     assert finished.returncode == 0 and "it went on" not in finished.stdout
     assert said in finished.stdout
+
+
+def lowest(run: Run, tmp_path: Path, error: str) -> subprocess.CompletedProcess[str]:
+    """.ci/lowest, where pip has this error when it installs torch; none if it is empty."""
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "lowest.txt").write_text("# oldest\nruff==1\ntorch==2\nnvidia-x-cu1==3\npeft==4\n")
+    (tmp_path / "made").mkdir()  # the environment that it makes
+    fails = f'echo "{error}" >&2; exit 1' if error else ":"
+    sources = {
+        "pip": f'case "$*" in *torch.txt) {fails};; esac',
+        "python": f'case "$*" in *sysconfig*) echo {tmp_path};; *) echo "python $*";; esac',
+    }
+    for name, source in sources.items():
+        (tmp_path / "made" / name).write_text(f"#!/bin/bash\n{source}\n")
+        (tmp_path / "made" / name).chmod(0o755)
+    make = f'PATH=/usr/bin:/bin; mkdir -p "$3/bin"; cp {tmp_path}/made/* "$3/bin"'
+    return run("lowest", {"python3": make, "python": "echo /elsewhere"})
+
+
+def test_the_oldest_releases_are_installed_with_the_oldest_torch(run: Run, tmp_path: Path) -> None:
+    finished = lowest(run, tmp_path, "")
+    assert finished.returncode == 0, finished.stderr
+    assert "NOT THE OLDEST" not in finished.stdout and "pytest -n auto tests/" in finished.stdout
+    assert not (tmp_path / "shared_torch.pth").exists()
+
+
+@pytest.mark.parametrize("error", [LACKING, "Connection broken: IncompleteRead", "Read timed out."])
+def test_a_torch_that_an_index_does_not_give_is_said(run: Run, tmp_path: Path, error: str) -> None:
+    finished = lowest(run, tmp_path, error)
+    assert finished.returncode == 0, finished.stderr
+    assert "NOT THE OLDEST TORCH" in finished.stdout and "pytest -n auto tests/" in finished.stdout
+    assert error.splitlines()[0] in finished.stderr
+    assert (tmp_path / "shared_torch.pth").read_text() == "/elsewhere\n"
+
+
+def test_another_error_for_torch_ends_it(run: Run, tmp_path: Path) -> None:
+    finished = lowest(run, tmp_path, "ERROR: hash mismatch")
+    assert finished.returncode == 1 and "hash mismatch" in finished.stderr
+    assert "NOT THE OLDEST TORCH" not in finished.stdout and "pytest" not in finished.stdout

@@ -15,7 +15,7 @@ from pairs.files import to_arrow
 from pairs.split import load_split
 from pairs.tables import load_pairs, write_table
 
-FAST = ["pairs.build", "pairs.split", "features", "encoding"]
+JOBS = ["pairs.build", "pairs.split", "features", "training", "encoding", "export"]
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +27,23 @@ def assert_good(outcome: Outcome) -> None:
     assert outcome.is_good, outcome
 
 
-@pytest.mark.parametrize("job", FAST)
+@pytest.mark.parametrize("job", JOBS)
 def test_killed(bench: FaultBench, job: str):
     assert_good(bench.kill(bench.jobs[job], np.random.default_rng(3), by_event=True))
 
 
-@pytest.mark.parametrize("job", ["pairs.build", "features", "encoding"])
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "pairs.split"])
 def test_full_disk(bench: FaultBench, job: str):
     assert_good(inject(bench, "disk", job, 6))  # by a limit on files, which needs no rights
 
 
-@pytest.mark.parametrize("job", FAST)
+@pytest.mark.parametrize("job", JOBS)
 def test_damaged(bench: FaultBench, job: str):
     for seed in range(12):
         assert_good(inject(bench, "damage", job, seed))
 
 
-@pytest.mark.parametrize("job", ["pairs.build", "pairs.split", "encoding"])
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "features"])
 def test_two_at_once(bench: FaultBench, job: str):
     assert_good(bench.start_twice(bench.jobs[job]))
 
