@@ -71,9 +71,9 @@ PUBLIC_SETTINGS: Mapping[str, frozenset[str]] = {
     ),
     "data": frozenset(
         """
-        notes image_root views splits num_simulated_notes pair_window_days pair_direction pair_score pair_min_score
-        pair_max_score pair_min_count pair_min_note_users pair_top_k pair_max_as_related split_by validation_share
-        test_share validation_days test_days split_seed
+        notes image_root views splits num_simulated_notes num_simulated_subjects num_simulated_looks pair_window_days
+        pair_direction pair_score pair_min_score pair_max_score pair_min_count pair_min_note_users pair_top_k
+        pair_max_as_related split_by validation_share test_share validation_days test_days split_seed
         """.split()
     ),
     "training": frozenset(

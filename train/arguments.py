@@ -53,6 +53,12 @@ class DataArguments:
         },
     )
     num_simulated_notes: int = field(default=2000, metadata={"help": "Size of the simulated world."})
+    num_simulated_subjects: int = field(
+        default=12, metadata={"help": "Subjects of the simulated world: what a note's text tells."}
+    )
+    num_simulated_looks: int = field(
+        default=8, metadata={"help": "Looks of the simulated world: what a note's picture tells."}
+    )
     pair_window_days: float = field(
         default=7.0, metadata={"help": "A user views two related notes within this many days."}
     )
@@ -117,7 +123,9 @@ class DataArguments:
     @property
     def simulation_options(self) -> SimulationOptions:
         """The simulated world to use where there are no notes."""
-        return SimulationOptions(notes=self.num_simulated_notes)
+        return SimulationOptions(
+            notes=self.num_simulated_notes, subjects=self.num_simulated_subjects, looks=self.num_simulated_looks
+        )
 
 
 @dataclass

@@ -489,6 +489,9 @@ def test_every_study_of_the_package_plans_runs_that_training_accepts(
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(run.settings))
         composition, data, training = parse_arguments([str(tmp_path / "config.yaml")])
         assert training.seed == study.seeds[0] and training.output_dir == str(run.folder)
+        # Only the simulated world brings an LLM of its own: whoever gives notes names one.
+        is_simulated = data.notes is None and data.splits is None
+        assert is_simulated or composition.llm or composition.model or composition.multimodal_llm
     for table in study_tables(study, []).values():
         assert sum(str(row[0]).endswith("(base)") for row in table.rows) == 1
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from pairs.simulate import SimulationOptions
 from train.arguments import DEFAULT_CONFIG, changed_settings, parse_arguments
 
 
@@ -43,6 +44,12 @@ def test_without_arguments_the_embedded_default_is_read(monkeypatch: pytest.Monk
     settings = yaml.safe_load(DEFAULT_CONFIG.read_text())
     assert data.notes is None and data.num_simulated_notes == settings["num_simulated_notes"]
     assert training.max_steps == settings["max_steps"]
+    assert data.simulation_options == SimulationOptions()
+
+
+def test_the_simulated_world_may_tell_other_things():
+    _, data, _ = parse_arguments(["--use_cpu", "--num_simulated_subjects", "16", "--num_simulated_looks", "2"])
+    assert data.simulation_options == SimulationOptions(subjects=16, looks=2)
 
 
 @pytest.mark.parametrize(
