@@ -139,7 +139,8 @@ def test_a_new_note_lands_where_the_same_note_already_is(space: NoteSpace):
         assert new.related[0].similarity == pytest.approx(1.0, abs=1e-5)
     other = space.place({**note, "image": random_picture(99)}, 4)
     assert found(other.columns[1]) == found(view.columns[1])  # the text is the same
-    assert other.columns[2].related[0].similarity < 0.999
+    # Another picture moves it by more than rounding does.
+    assert other.columns[2].related[0].similarity < view.columns[2].related[0].similarity - 2e-5
 
 
 def test_the_fusion_weight_is_that_of_both(space: NoteSpace, compose: Callable[..., NoteLLM2Model]):
