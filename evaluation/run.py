@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import datasets.utils.logging
 import huggingface_hub.utils.logging
@@ -64,6 +64,7 @@ from evaluation.systems import (
 )
 from modeling_notellm2 import NoteError, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import Language, has_image
+from pairs.command import CommandParser, interruption_said
 from pairs.subsets import load_subsets
 from pairs.tables import (
     ANYWHERE,
@@ -577,16 +578,9 @@ def find_reference(wanted: str | None, findings: Findings, models: Sequence[str]
     return findings.measured[0]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong alone: two dozen lines of usage in front of it hide it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(--help explains all options)\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m evaluation.run",
         description="Measure how well models and baselines find the related notes of each note among all others, with "
         "text and image, with the text alone and with the image alone; how sure that is; and how far models rely on "
@@ -763,6 +757,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("the figures need matplotlib: pip install 'notellm2[report]', or -e '.[report]' in a checkout")
 
 
+@interruption_said(
+    "no report was written (--vision-features-dir keeps what towers saw); give the same command to begin again."
+)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; `arguments` default to the process's own."""
     parser = build_parser()

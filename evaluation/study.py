@@ -52,6 +52,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from evaluation.modality import MODALITIES
 from evaluation.report import Cell, Figure, Section, Table, collect_facts, json_text, table_markdown
+from pairs.command import CommandParser
 from train.arguments import changed_settings
 from train.checkpoints import newest_whole_checkpoint
 
@@ -724,7 +725,7 @@ def _interval_text(study: Study) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m evaluation.study",
         description="Train with each value of each factor of a study file and each seed, and write tables and figures\n"
         "into its output_dir. Given again, it runs only what is not finished.",

@@ -34,6 +34,7 @@ from hub.embeddings import Manifest, text_only_ids
 from hub.fingerprint import model_fingerprint
 from modeling_notellm2 import NoteError, NoteLLM2Model, NoteLLM2PreTrainedModel
 from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, has_image, read_image
+from pairs.command import CommandParser
 from pairs.note_table import NoteTable
 from pairs.tables import IMAGE_ROOT_HELP, load_notes
 from train.data import without_bad_images
@@ -618,7 +619,7 @@ def make_space(arguments: argparse.Namespace, model_name: str) -> tuple[NoteSpac
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.app",
         description="Look at what a model relates notes to, and at where a new note lands, on a page in the browser.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -39,7 +39,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from evaluation.checkpoints import load_model
+from evaluation.checkpoints import check_model, load_model
 from evaluation.run import BadImages
 from hub.embeddings import (
     EncodedRows,
@@ -56,6 +56,7 @@ from hub.fingerprint import model_fingerprint
 from modeling_notellm2 import NoteError, NoteLLM2PreTrainedModel
 from modeling_notellm2.modeling_notellm2 import WINDOW_BATCHES
 from modeling_notellm2.processing_notellm2 import EncodedNote
+from pairs.command import CommandParser, interruption_said
 from pairs.disk import DiskError, alone_in, disk_errors_named
 from pairs.note_table import NoteTable
 from pairs.tables import IMAGE_ROOT_HELP
@@ -175,9 +176,16 @@ def encode_corpus(
     _check_settings(dtype, max_failures, bad_images, batch_size=batch_size, shard_size=shard_size, workers=workers)
     _refuse_file(output)
     state = process_state()  # before the model, so that each process has its GPU
-    model = load_model(checkpoint, getattr(torch, dtype)).to(state.device)
-    empty = model.encode([], batch_size=batch_size, truncate_dim=truncate_dim)  # also checks the width
     held = ExitStack()  # what the main process has the folder by
+    is_new = not output.exists()
+
+    def refuse_early() -> None:
+        """What needs no model, which may take minutes to load; a new folder is made when everything is known to be
+        good."""
+        check_model(checkpoint)
+        if not is_new:
+            _take_folder(output, held)
+        notes.check_ids()
 
     def prepare() -> _Plan:
         manifest = Manifest(
@@ -190,8 +198,9 @@ def encode_corpus(
             dim=int(empty.shape[1]),
             dtype=dtype,
         )
-        notes.check_ids()
-        _open_folder(output, manifest, held)
+        if is_new:
+            _take_folder(output, held)
+        _open_folder(output, manifest)
         done = whole_shards(output, manifest, read=True)
         text_only = {shard: count_text_only(output, shard) for shard in done}
         listed = {shard: done[shard][1] + text_only[shard] for shard in done}
@@ -205,6 +214,9 @@ def encode_corpus(
         return _Plan(manifest, found, retried, todo)
 
     try:
+        _agreed(refuse_early)
+        model = load_model(checkpoint, getattr(torch, dtype)).to(state.device)
+        empty = model.encode([], batch_size=batch_size, truncate_dim=truncate_dim)  # also checks the width
         plan = _agreed(prepare)
         manifest = plan.manifest
         started = time.perf_counter()
@@ -246,9 +258,9 @@ def _refuse_failures(listed: dict[int, int], manifest: Manifest, max_failures: f
     for shard, count in listed.items():
         if count / manifest.notes_of_whole_shard > max_failures:
             raise ValueError(
-                f"max_failures={max_failures:g}: {shard_file(output, 'failures', shard)} of an earlier run, and the "
-                f"file of that name in text-only/, list {count} of {manifest.notes_of_whole_shard} notes of a whole "
-                "shard: add --retry-failures, or allow more."
+                f"max_failures={max_failures:g} (--max-failures): {shard_file(output, 'failures', shard)} of an "
+                f"earlier run, and the file of that name in text-only/, list {count} of "
+                f"{manifest.notes_of_whole_shard} notes of a whole shard: add --retry-failures, or allow more."
             )
 
 
@@ -303,16 +315,24 @@ def _agreed(find: Callable[[], Result]) -> Result:
     return result
 
 
-def _open_folder(output: Path, manifest: Manifest, held: ExitStack) -> None:
-    """Takes the folder for this run, and removes what a killed one was writing.
+def _take_folder(output: Path, held: ExitStack) -> None:
+    """Takes the folder for this run.
 
     Raises:
-        ValueError: it holds something else, or another run is at work there.
+        ValueError: it is no folder of embeddings, or another run is at work there.
     """
     if output.exists() and not (output / "manifest.json").exists():
         if foreign := [path.name for path in output.iterdir() if not path.name.startswith((".lock", ".manifest.json"))]:
             raise ValueError(f"output={output} holds {foreign[0]!r} and no manifest.json: give a new or empty folder.")
     held.enter_context(alone_in(output))
+
+
+def _open_folder(output: Path, manifest: Manifest) -> None:
+    """Makes the folder one of this corpus, and removes what a killed run was writing.
+
+    Raises:
+        ValueError: it holds the embeddings of another corpus, model or settings.
+    """
     if (output / "manifest.json").exists():
         manifest.refuse_other(Manifest.read(output), output)
     else:
@@ -423,9 +443,9 @@ class _ShardEncoder:
         size = self.plan.manifest.notes_of_whole_shard
         if count / size > self.max_failures:
             raise NoteError(
-                f"{self._place(last.note_id, last.row)}: {last.error} Failures in this shard: {count} of {size} "
-                f"notes of a whole one, more than max_failures={self.max_failures:g}: repair what they have in common, "
-                "or list them and go on, with a larger --max-failures."
+                f"{self._place(last.note_id, last.row)}: {last.error} Failures in this shard: at least {count} of "
+                f"{size} notes of a whole one, more than max_failures={self.max_failures:g} (--max-failures): repair "
+                "what they have in common, or list them and go on, with a larger --max-failures."
             )
 
     def _place(self, note_id: str, row: int) -> str:
@@ -492,7 +512,7 @@ class _Progress:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.encode",
         description="Encode a table of notes into Parquet files, by one process or, under accelerate launch, by many. "
         "Run it again to go on where it was interrupted.",
@@ -536,6 +556,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruption_said("what is encoded is kept; give the same command to go on.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     options = build_parser().parse_args(argv)
@@ -561,9 +582,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(str(error))
     except (ValueError, OSError) as error:
         sys.exit(str(error) if state.is_main_process else 1)
-    except KeyboardInterrupt:
-        logger.warning("Interrupted: run it again to go on.")
-        sys.exit(130)
     state.destroy_process_group()
     if summary is None:
         return

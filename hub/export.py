@@ -42,6 +42,7 @@ from hub.compose import save_checkpoint
 from hub.private import PrivateError, refuse_private
 from hub.verify import CHECKSUMS, folder_files, is_export, sha256, write_checksums, write_record
 from modeling_notellm2 import NoteLLM2Model, __version__
+from pairs.command import CommandParser
 from pairs.disk import DiskError, new_folder
 
 logger = logging.getLogger("hub.export")
@@ -372,7 +373,7 @@ def _open_to_readers(folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.export",
         description="Write a checkpoint as the folder that goes to the Hub: weights, code, sentence-transformers' "
         "module, model card, checksums.",

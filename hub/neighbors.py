@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from evaluation.encoders import default_device
 from evaluation.metrics import EXACT_NUMBERS, TILE_COLUMNS, tie_order
 from hub.embeddings import Embeddings, Manifest, load_embeddings
+from pairs.command import CommandParser, interruption_said
 from pairs.files import refuse_unwritable, write_file
 
 logger = logging.getLogger(__name__)
@@ -362,7 +363,7 @@ def refuse_other_model(queries: Path, notes: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.neighbors",
         description="Write the nearest notes of each note of a corpus that hub.encode encoded.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -398,6 +399,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruption_said("the table was not written; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     parser = build_parser()

@@ -8,7 +8,6 @@ The graphs take any number of notes of any length, compute in float32, and are c
 appears. Adapters are merged.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -32,6 +31,7 @@ from hub.private import PrivateError, refuse_private
 from hub.verify import sample_notes
 from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.modeling_notellm2 import NoteStates, last_token_states
+from pairs.command import CommandParser
 from pairs.disk import new_folder
 
 try:
@@ -396,7 +396,7 @@ def _backbones(model: NoteLLM2Model) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.onnx", description="Export a checkpoint to ONNX, to serve it through onnxruntime."
     )
     parser.add_argument("checkpoint", help="the checkpoint: a folder or a Hub id")

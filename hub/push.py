@@ -7,7 +7,6 @@ verification, as it is handed to the Hub's client. An upload that was cut off is
 nothing is seen on the Hub before the commit, and what the Hub has already of the large files is not sent twice.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hub.repo_id import check_repo_id
 from hub.verify import CHECKSUMS, VerificationError, available_loaders, is_export, listed_files, sha256, verify
+from pairs.command import CommandParser
 
 # What the client's HTTP library raises where the Hub cannot be reached: that of httpx or httpx2, by its release.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -218,7 +218,7 @@ def _addition(root: Path, file: PlannedFile) -> CommitOperationAdd:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.push",
         description="Upload an export to the Hub, after verification, in one commit. Log in with `hf auth login`.",
     )

@@ -44,6 +44,7 @@ from hub.fingerprint import model_fingerprint
 from hub.private import PrivateError, refuse_private
 from hub.repo_id import check_repo_id
 from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, has_image, read_image
+from pairs.command import CommandParser
 from pairs.disk import new_folder, refuse_taken
 from pairs.tables import load_notes
 
@@ -245,7 +246,7 @@ def _readme(settings: SpaceSettings) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.space",
         description="Write the page of hub.app as the folder of a Space. Pictures go as they are, with what their "
         "files say of camera and place.",

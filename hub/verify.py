@@ -37,6 +37,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_notellm2
 from modeling_notellm2 import NoteLLM2Model
+from pairs.command import CommandParser
 from pairs.disk import sha256
 
 TOLERANCE = 1e-5
@@ -380,7 +381,7 @@ def _difference(folder: str | os.PathLike, expected: np.ndarray, found: np.ndarr
 
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.verify",
         description="Check that a checkpoint gives the same embeddings in a process without this repository, and that "
         "an export is as it was written.",

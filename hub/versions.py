@@ -38,6 +38,7 @@ from hub.verify import (
     is_export,
     recorded_difference,
 )
+from pairs.command import CommandParser
 
 logger = logging.getLogger("hub.versions")
 
@@ -292,7 +293,7 @@ def _last_line(message: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m hub.versions",
         description="Check that published folders give their recorded embeddings in other releases of transformers "
         "and sentence-transformers, each in a new virtual environment.",

@@ -117,7 +117,7 @@ def check_image(value: Any) -> Any:
             if path.startswith(OUTSIDE):
                 raise ImageError(
                     f"{shown(path.removeprefix(OUTSIDE))} leads out of the notes' folder: move the file into it, or "
-                    "name the folder that images may lie in (image_root)."
+                    "name the folder that images may lie in: --image-root DIR (image_root)."
                 )
             raise ImageError(f"{shown(path)} is an address, and nothing is fetched: download it and pass a path.")
         _check_bytes(_size_of_file(path))
@@ -170,19 +170,22 @@ def decode_image(value: Any) -> Image.Image:
             content = Image.fromarray(content)
         return _upright_rgb(content)
     except UnidentifiedImageError as error:  # its own message tells an address in memory
-        raise _unreadable(value, f"it is none of {', '.join(FORMATS)}") from error
+        complaint = f"it is none of {', '.join(FORMATS)}: of another kind, or its beginning is damaged"
+        raise _unreadable(value, complaint if content else "its file is empty, 0 bytes") from error
     except _DECODER_ERRORS as error:
         raise _unreadable(value, error) from error
 
 
 def _size_of_file(path: str | bytes) -> int:
-    absent = f"no file {shown(path)}. Give an existing path, or leave the image out (None, an empty cell)."
+    remedy = "Give the path of an image's file, or leave the image out (an empty cell; None in Python)."
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:  # a ValueError for NUL and for lone surrogates
-        raise ImageError(absent) from error
+        raise ImageError(f"no file {shown(path)}. {remedy}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise ImageError(f"{shown(path)} is a folder. {remedy}")
     if not stat.S_ISREG(found.st_mode):
-        raise ImageError(absent)
+        raise ImageError(f"{shown(path)} is no regular file. {remedy}")
     return found.st_size
 
 
@@ -242,7 +245,10 @@ def _upper_bits(picture: Image.Image) -> Image.Image:
 
 def _unreadable(value: Any, complaint: Any) -> ImageError:
     what = shown(value) if isinstance(value, str | os.PathLike) else f"the {type(value).__name__}"
-    return ImageError(f"{what} cannot be read ({complaint}): replace it, or set it to None to encode the text alone.")
+    return ImageError(
+        f"{what} cannot be read ({complaint}): replace it, or leave it out (an empty cell; None in Python) "
+        "to encode the text alone."
+    )
 
 
 __all__ = ["ImageError", "check_image", "decode_image", "image_value", "is_address", "read_bytes", "shown"]

@@ -535,7 +535,9 @@ def _field_text(value: Any, field: str, index: int) -> str:
         value = ", ".join(value)
     if not isinstance(value, str):
         kind = "a string or a list of strings" if field == "topics" else "a string"
-        raise NoteError(f"notes[{index}].{field} is {shown(value)} ({type(value).__name__}): pass {kind}, or None.")
+        raise NoteError(
+            f"notes[{index}].{field} is {shown(value)} ({type(value).__name__}): pass {kind}, or leave it empty."
+        )
     return " ".join(value.encode("utf-8", "replace").decode("utf-8").split())
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from datasets import Dataset
 from ibis import _
 
+from pairs.command import CommandParser, interruption_said
 from pairs.disk import alone_at
 from pairs.engines import Engine, EngineName, connect
 from pairs.files import refuse_unwritable
@@ -100,9 +101,10 @@ def parsed_view_options(args: argparse.Namespace) -> ViewOptions:
     return parsed_options(args, ViewOptions)
 
 
+@interruption_said("the pairs were not written; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pairs.build",
         description="Build related pairs from views.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -6,6 +6,7 @@ into d + 2 blocks, two hashes that differ in at most d bits agree in two blocks 
 """
 
 import os
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -72,18 +73,26 @@ def check_image(source: str | bytes) -> CheckedImage:
         ImportError: imagehash is not installed.
     """
     _imagehash()  # below, its absence would pass for a fault of the image
-    if isinstance(source, str) and source.startswith(OUTSIDE):
-        return CheckedImage(None, "outside", shown(source.removeprefix(OUTSIDE)))
-    if isinstance(source, str) and is_address(source):
-        return CheckedImage(None, "url", f"{shown(source)} is a URL")
-    if isinstance(source, str) and not os.path.isfile(source):
-        return CheckedImage(None, "missing", f"no file {shown(source)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on images that it reads all the same
             return CheckedImage(perceptual_hash(decode_image(source)), None, "")
-    except ValueError as error:  # its words name the image
-        return CheckedImage(None, "unreadable", str(error))
+    except ValueError as error:  # its words name the image and the remedy
+        return CheckedImage(None, _fault_of(source), str(error))
+
+
+def _fault_of(source: str | bytes) -> str:
+    """What is wrong with an image that cannot be read."""
+    if isinstance(source, bytes):
+        return "unreadable"
+    if is_address(source):
+        return "outside" if source.startswith(OUTSIDE) else "url"
+    return "unreadable" if os.path.isfile(source) else "missing"
+
+
+def _ignore_interrupts() -> None:
+    """In a worker: Ctrl-C reaches all processes, and the one that is the command ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_images(sources: Iterable[str | bytes], workers: int) -> Iterator[CheckedImage]:
@@ -101,7 +110,7 @@ def check_images(sources: Iterable[str | bytes], workers: int) -> Iterator[Check
         raise ValueError(f"workers={workers}: give 1 or more.")
     _imagehash()  # before there are processes
     remaining = iter(sources)
-    pool = ProcessPoolExecutor(workers)
+    pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupts)
     try:
         while batch := list(islice(remaining, workers * _IMAGES_PER_PROCESS)):
             checked: list[CheckedImage] = []
@@ -110,7 +119,7 @@ def check_images(sources: Iterable[str | bytes], workers: int) -> Iterator[Check
                     checked.append(image)
                     yield image
             except BrokenProcessPool:
-                pool = ProcessPoolExecutor(workers)
+                pool = ProcessPoolExecutor(workers, initializer=_ignore_interrupts)
                 yield from _check_one_by_one(batch[len(checked) :])
     finally:
         pool.shutdown(cancel_futures=True)
@@ -118,13 +127,13 @@ def check_images(sources: Iterable[str | bytes], workers: int) -> Iterator[Check
 
 def _check_one_by_one(sources: Iterable[str | bytes]) -> Iterator[CheckedImage]:
     """In one process, so that it is known which image kills it; the next image then gets a new process."""
-    pool = ProcessPoolExecutor(1)
+    pool = ProcessPoolExecutor(1, initializer=_ignore_interrupts)
     try:
         for source in sources:
             try:
                 yield pool.submit(check_image, source).result()
             except BrokenProcessPool:
-                pool = ProcessPoolExecutor(1)
+                pool = ProcessPoolExecutor(1, initializer=_ignore_interrupts)
                 what = shown(source) if isinstance(source, str) else "an image inside the table"
                 yield CheckedImage(None, "unreadable", f"{what}: the process that decoded it died")
     finally:

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
+from pairs.command import CommandParser, interruption_said
 from pairs.files import read_table, to_arrow
 from pairs.tables import NOTE_COLUMNS, write_table
 
@@ -174,9 +175,10 @@ def _find_covers(folder: str | Path, items: list[str]) -> dict[str, str]:
     return found
 
 
+@interruption_said("the tables are not whole; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pairs.microlens",
         description="Make notes.parquet and views.parquet of the public MicroLens data set.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

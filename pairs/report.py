@@ -31,6 +31,7 @@ from ibis.expr import types as ir
 from tqdm.auto import tqdm
 
 from pairs.build import add_engine_options, add_view_options, opened_engine, parsed_view_options
+from pairs.command import CommandParser, interruption_said
 from pairs.engines import Engine
 from pairs.options import add_options, parsed_options
 from pairs.query import SECONDS_PER_DAY, PairOptions, Score, ViewLog, count_pairs, exactly, rank_pairs
@@ -773,9 +774,10 @@ _DRAWN = {
 }
 
 
+@interruption_said("the report was not written; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pairs.report",
         description="Report how good a log of views is, and whether the pairs that each score makes of it measure "
         "relatedness or popularity.",

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from pairs.command import CommandParser, interruption_said
 from pairs.files import to_arrow
 from pairs.images import HASH_BITS, MAX_DISTANCE, CheckedImage, check_images, first_lookalikes
 from pairs.tables import IMAGE_ROOT_HELP, TEXT_COLUMNS, load_pairs, read_notes, write_table
@@ -226,9 +227,10 @@ def _text_table(scan: NoteScan) -> str:
     )
 
 
+@interruption_said("nothing was written; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pairs.scan",
         description="Look for what is wrong with a table of notes before training: "
         + "; ".join(f"{name}: {meaning}" for name, (_, meaning) in FINDINGS.items())

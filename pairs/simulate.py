@@ -24,6 +24,7 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
+from pairs.command import CommandParser, interruption_said
 from pairs.options import add_options, parsed_options
 from pairs.pictures import LOOKS, draw_picture
 from pairs.query import SECONDS_PER_DAY
@@ -183,9 +184,10 @@ def _view_notes(
     return users[order], notes[order], seconds[order]
 
 
+@interruption_said("the world is not whole; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pairs.simulate",
         description="Simulate notes with drawn pictures, users and their views.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -32,6 +32,7 @@ from ibis import _
 from ibis.expr import types as ir
 
 from pairs.build import add_engine_options, add_view_options, opened_engine, parsed_view_options
+from pairs.command import CommandParser, interruption_said
 from pairs.disk import UNFINISHED, DamagedError, alone_in, new_file, remove, sha256
 from pairs.engines import Engine, connect
 from pairs.files import to_arrow
@@ -317,9 +318,10 @@ def _refuse_damaged(directory: Path, name: str) -> None:
             raise DamagedError(f"{directory / file} is damaged, by its checksum in {record}: write the splits again.")
 
 
+@interruption_said("the splits are not whole; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m pairs.split",
         description="Split notes and views into train, validation and test, and build the related pairs of each.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

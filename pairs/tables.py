@@ -463,5 +463,5 @@ def _refuse_addresses(images: Iterable[str | None], path: str | Path) -> None:
             raise ValueError(f"{path}, row {row}: 'image' {named} has no folder on the Hub; use an Image feature.")
         raise ValueError(
             f"{path}, row {row}: 'image' {named} is no file inside the table's folder, symbolic links resolved; "
-            "move it there, or name the folder that images may lie in (image_root)."
+            "move it there, or name the folder that images may lie in: --image-root DIR (image_root)."
         )

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hub.compose import CompositionArguments
+from pairs.command import CommandParser
 from pairs.query import Direction, PairOptions, Score
 from pairs.simulate import SimulationOptions
 from pairs.split import SplitBy, SplitOptions
@@ -89,7 +90,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if (self.notes is None) != (self.views is None):
-            raise ValueError(f"notes={self.notes!r} and views={self.views!r} go together: give both, or neither.")
+            missing = "notes" if self.notes is None else "views"
+            raise ValueError(f"notes and views go together, and {missing} is not given: give both, or neither.")
         if self.splits is not None:
             self.notes = self.views = None
 
@@ -373,6 +375,10 @@ class NoteLLM2TrainingArguments(TrainingArguments):
         }
 
 
+class _Parser(CommandParser, HfArgumentParser):
+    """Without 200 lines of usage before what is wrong."""
+
+
 _KINDS: tuple[Any, ...] = (CompositionArguments, DataArguments, NoteLLM2TrainingArguments)
 Arguments = tuple[CompositionArguments, DataArguments, NoteLLM2TrainingArguments]
 
@@ -383,9 +389,10 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     Ends the process with a message that names the option, as a command should, where something is wrong.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(
+    parser = _Parser(
         list(_KINDS),
-        prog="accelerate launch train/run.py [CONFIG.yaml]",
+        prog="train/run.py",
+        usage="accelerate launch %(prog)s [CONFIG.yaml] [--option VALUE …]",
         description="Train NoteLLM-2. Options may stand in a YAML file, and on the command line, which wins. Without "
         "any, the embedded example runs: simulated notes and views, tiny backbones, under five minutes on two cores.",
     )
@@ -394,17 +401,24 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         config, argv = Path(argv[0]), argv[1:]
     if not config.is_file():
         parser.error(f"config={str(config)!r} does not exist: give a YAML file such as configs/movies.yaml")
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"config={str(config)!r} is no YAML: {' '.join(str(error).split())}")
     if not isinstance(settings, dict):
         parser.error(f"{config} must hold lines of the form `option: value`")
     if (unknown := _unknown(settings)) is not None:
-        parser.error(f"{config} sets {unknown!r}, which is no option; see --help")
+        parser.error(f"{config} sets {unknown!r}, which is no option")
     # As words of a command line, so that a file's values are checked like any others; the real one comes last and wins.
     words = [word for name, value in settings.items() for word in _option(name, value)]
     try:
-        composition, data, training = parser.parse_args_into_dataclasses([*words, *argv])
+        composition, data, training, unknown_words = parser.parse_args_into_dataclasses(
+            [*words, *argv], return_remaining_strings=True
+        )
     except ValueError as error:
         parser.error(str(error))
+    if unknown_words:
+        parser.error(f"{unknown_words[0]} is no option")
     return composition, data, training
 
 

@@ -35,6 +35,7 @@ from hub.tiny_backbones import save_tiny_llm, save_tiny_vision_tower
 from modeling_notellm2 import NonFiniteError, NoteError, NoteLLM2Config, NoteLLM2Model
 from modeling_notellm2.processing_notellm2 import prompt_template
 from pairs.ceilings import ceilings
+from pairs.command import interruption_said
 from pairs.disk import DamagedError, DiskError, alone_in, disk_errors_named
 from pairs.simulate import simulate
 from pairs.split import SPLITS, NotesAndPairs, load_split, make_splits
@@ -402,6 +403,10 @@ def _train(
     return rows
 
 
+@interruption_said(
+    "the checkpoints are kept; the same command with --resume_from_checkpoint auto goes on from the last one, or "
+    "begins anew where there is none."
+)
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     arguments = parse_arguments(argv)

@@ -257,7 +257,7 @@ def test_a_second_run_is_refused(tiny_checkpoint: Path, corpus: Path, tmp_path: 
 def test_too_many_failures_end_a_run(tiny_checkpoint: Path, corpus: Path, tmp_path: Path, undisturbed: Path):
     """A shard of 7 notes, one of which is bad, is within a share of 1/7, and beyond less."""
     output = tmp_path / "embeddings"
-    with pytest.raises(NoteError, match=r"row 6, note_id='.*image: no file.*of 7 .*--max-failures"):
+    with pytest.raises(NoteError, match=r"row 6, note_id='.*image: no file.*: at least 1 of 7 .*--max-failures"):
         encode(tiny_checkpoint, corpus, output, max_failures=0.14)
     assert not list(output.glob("*/shard-*"))
     assert encode(tiny_checkpoint, corpus, output, max_failures=1 / 7).failed == 3
@@ -457,7 +457,7 @@ def test_an_interrupted_command_goes_on(
     tmp_path: Path,
     undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ):
     """One line, and the status of a command that was interrupted."""
     arguments = [str(tiny_checkpoint), str(corpus), *ROOT, "--output", str(tmp_path), "--batch-size", "2"]
@@ -478,12 +478,29 @@ def test_an_interrupted_command_goes_on(
     finally:
         signal.signal(signal.SIGINT, handler)
     assert ended.value.code == 130
-    assert [record.message for record in caplog.records if record.name == "hub.encode"] == [
-        "Interrupted: run it again to go on."
-    ]
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "Interrupted: what is encoded is kept; give the same command to go on."
     assert sorted(whole_shards(tmp_path, Manifest.read(tmp_path))) == [0, 1, 2]
     main(arguments)
     assert_same_corpus(tmp_path, undisturbed)
+
+
+def test_what_needs_no_model_is_refused_before_it_is_loaded(
+    tiny_checkpoint: Path, corpus: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub.encode, "load_model", lambda *_: pytest.fail("the model is loaded"))
+    for ids, complaint in ((["a", "b", "a"], "'note_id' 'a' twice"), (["a", ""], "'note_id' is empty")):
+        pq.write_table(pa.table({"note_id": ids, "title": ids}), tmp_path / "notes.parquet")
+        with pytest.raises(ValueError, match=complaint):
+            encode(tiny_checkpoint, tmp_path / "notes.parquet", tmp_path / "embeddings")
+        assert not (tmp_path / "embeddings").exists()
+    shutil.copytree(undisturbed, tmp_path / "taken")
+    with alone_in(tmp_path / "taken"), pytest.raises(ValueError, match="another run is at work there"):
+        encode(tiny_checkpoint, corpus, tmp_path / "taken")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"holds 'mine.txt' and no manifest.json"):
+        encode(tiny_checkpoint, corpus, tmp_path / "foreign")
 
 
 @pytest.mark.parametrize("name", ["mistyped", "./mistyped", "/no/such/model"])

@@ -80,13 +80,19 @@ def test_images_are_read_as_the_processor_reads_them(tmp_path):
 def test_contents_are_checked_as_files_are(tmp_path):
     picture(0).save(tmp_path / "a.png")
     assert check_image((tmp_path / "a.png").read_bytes()) == check_image(str(tmp_path / "a.png"))
-    assert check_image(b"").fault == "unreadable" and "it is none of AVIF, BMP" in check_image(b"").detail
+    assert check_image(b"").fault == "unreadable" and "its file is empty" in check_image(b"").detail
 
 
 def test_urls_and_missing_files_are_told_apart(tmp_path):
-    assert check_image("https://host/a.png") == (None, "url", "'https://host/a.png' is a URL")
-    assert check_image(str(tmp_path / "a.png")) == (None, "missing", f"no file {str(tmp_path / 'a.png')!r}")
-    assert check_image(str(tmp_path)).fault == "missing"
+    assert check_image("https://host/a.png") == (
+        None,
+        "url",
+        "'https://host/a.png' is an address, and nothing is fetched: download it and pass a path.",
+    )
+    missing, folder = check_image(str(tmp_path / "a.png")), check_image(str(tmp_path))
+    assert missing.fault == folder.fault == "missing"
+    assert missing.detail.startswith(f"no file {str(tmp_path / 'a.png')!r}. ")
+    assert folder.detail.startswith(f"{str(tmp_path)!r} is a folder. ")
 
 
 def test_hashes_survive_compression_and_scaling_and_tell_pictures_apart(tmp_path):

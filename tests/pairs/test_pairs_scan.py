@@ -69,8 +69,8 @@ def test_every_fault_is_found_once(bad):
     ]
     details = {row[:1] + row[2:3]: row[3] for row in rows}
     assert details[9, "duplicate_id"] == "first in row 1"
-    assert details[7, "url_image"] == "'https://host/g.png' is a URL"
-    assert details[4, "missing_image"] == f"no file {str(bad / 'missing.png')!r}"
+    assert details[7, "url_image"].startswith("'https://host/g.png' is an address, and nothing is fetched: ")
+    assert details[4, "missing_image"].startswith(f"no file {str(bad / 'missing.png')!r}. ")
     assert details[8, "unreadable_image"].startswith(f"{str(bad / 'broken.jpg')!r} cannot be read (")
     assert details[5, "near_duplicate_image"] == "like 'a' of row 1, 2 of 64 bits differ"
     assert details[9, "near_duplicate_image"] == "like 'b' of row 2, 0 of 64 bits differ"
@@ -80,6 +80,20 @@ def test_every_fault_is_found_once(bad):
     assert list(scan.counts) == list(FINDINGS)
     assert sum(scan.counts.values()) == len(rows)
     assert scan.share("near_duplicate_image") == 2 / 7 and scan.share("unknown_note") == 3 / 4
+
+
+def test_images_elsewhere_come_with_the_remedy(bad, capsys):
+    """The same that `load_notes` gives, of an option that the scan has, too."""
+    (bad / "inside").mkdir()
+    (bad / "inside" / "notes.csv").write_text("note_id,title,image\na,A,../one.png\n")
+    command = ["--notes", str(bad / "inside" / "notes.csv"), "--output", str(bad / "scan")]
+    main(command)
+    assert "'../one.png' leads out of the notes' folder: " in (said := capsys.readouterr().out)
+    assert "--image-root DIR" in said and "1 findings" in said
+    with pytest.raises(ValueError, match="--image-root DIR"):
+        load_notes(bad / "inside" / "notes.csv")
+    main([*command, "--image-root", str(bad)])
+    assert "0 findings" in capsys.readouterr().out
 
 
 def test_load_notes_refuses_what_the_scan_counts(bad):

@@ -57,7 +57,7 @@ def test_the_simulated_world_may_tell_other_things():
     [
         ({"learning_rat": 1e-3}, "learning_rat"),
         ({"visual_loss_weight": -1.0}, "visual_loss_weight=-1.0"),
-        ({"notes": "notes.csv"}, "views=None"),
+        ({"notes": "notes.csv"}, "views is not given"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
         ({"llm_tuning": "lorra"}, "lorra"),
@@ -65,13 +65,33 @@ def test_the_simulated_world_may_tell_other_things():
         ({"head_warmup_steps": 3}, "without head_learning_rate"),
         ({"prompt": "mcil"}, "mcil"),
         ({"max_steps": 2.5}, "2.5"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 10, "save_steps": 15},
+            "round multiple",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings: dict, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         parse_arguments([write(tmp_path / "c.yaml", **settings)])
     assert stopped.value.code == 2
-    assert named in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert named in said and "usage" not in said and said.endswith("\n(--help explains all options)\n")
+    assert len(said.splitlines()) <= 3  # transformers may break its sentence
+
+
+def test_an_unknown_option_is_named_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse_arguments([write(tmp_path / "c.yaml"), "--batches", "graph", "--quality", "high"])
+    assert capsys.readouterr().err == "train/run.py: error: --quality is no option\n(--help explains all options)\n"
+
+
+@pytest.mark.parametrize("content", [b"llm: [a, b", b"llm: \xff"])
+def test_a_config_that_is_no_yaml_is_named(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(SystemExit):
+        parse_arguments([str(tmp_path / "c.yaml")])
+    assert f"config='{tmp_path / 'c.yaml'}' is no YAML: " in capsys.readouterr().err
 
 
 def test_every_kind_of_yaml_value_is_read(tmp_path: Path):
