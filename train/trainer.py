@@ -32,7 +32,13 @@ from modeling_notellm2.modeling_notellm2 import MAX_LOGIT_SCALE, Part
 from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
 from train.batches import BatchPlanner, drawn_log_probability
-from train.checkpoints import CheckpointChecksums, checkpoint_problem, newest_whole_checkpoint
+from train.checkpoints import (
+    CheckpointChecksums,
+    WholeCheckpoint,
+    checkpoint_problem,
+    newest_whole_checkpoint,
+    was_cut_off,
+)
 from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, PlanDataset
 from train.distributed import gather_rows, world
 from train.features import image_groups
@@ -232,6 +238,8 @@ class NoteLLM2Trainer(Trainer):
             if found is None:
                 raise ValueError(f"output_dir={self.args.output_dir} holds no whole checkpoint to go on from.")
             return str(found)
+        if isinstance(wanted, WholeCheckpoint):
+            return wanted
         if problem := checkpoint_problem(wanted, processes):
             raise ValueError(f"resume_from_checkpoint={wanted!r}: {problem}. Give one that is whole.")
         return wanted
@@ -403,7 +411,8 @@ class NoteLLM2Trainer(Trainer):
             write_hard_negatives(file, found)
             kept_epochs = {epoch}
             for checkpoint in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-                kept_epochs.add(math.floor(_epoch_of(checkpoint.parent)))
+                if not was_cut_off(checkpoint.parent):  # such a one is passed over, and stays
+                    kept_epochs.add(math.floor(_epoch_of(checkpoint.parent)))
             for other in self._hard_negatives_folder.glob("*.npy"):
                 if other not in {self._hard_negatives_file(number) for number in kept_epochs}:
                     other.unlink()  # no checkpoint goes on with it
