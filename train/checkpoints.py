@@ -30,6 +30,10 @@ BESIDE = ("hard_negatives/*.npy", "warmed_up.safetensors")
 """What a run goes on with besides a checkpoint, in the folder that the checkpoint is in."""
 
 
+class WholeCheckpoint(str):
+    """The path of a checkpoint that was found whole in this run: who gets one need not read all of it once more."""
+
+
 class CheckpointChecksums(TrainerCallback):
     """Writes the checksums of a checkpoint when it is written.
 
@@ -89,6 +93,20 @@ def checkpoint_problem(checkpoint: str | Path, processes: int = 1) -> str | None
         processes: how many processes are to go on; each needs its own random state.
     """
     return said_by_main_process(lambda: _problem(Path(checkpoint), processes))
+
+
+def was_cut_off(checkpoint: Path) -> bool:
+    """Whether a run ended while it wrote a checkpoint, which is then no training to go on from, and never was.
+
+    `Trainer` writes its state last, and in place; its checksums come after it. A state that is unreadable in another
+    way, or beside checksums, was whole once.
+    """
+    state = checkpoint / TRAINER_STATE_NAME
+    if not state.exists():
+        return True
+    if (checkpoint / CHECKSUMS).exists() or _file_problem(state) is None:
+        return False
+    return not state.read_bytes().rstrip().endswith(b"\n}")  # braces within it are indented
 
 
 def _problem(folder: Path, processes: int) -> str | None:
@@ -157,4 +175,11 @@ def _file_problem(path: Path) -> str | None:
     return None
 
 
-__all__ = ["CheckpointChecksums", "checkpoint_problem", "newest_whole_checkpoint", "write_checksums"]
+__all__ = [
+    "CheckpointChecksums",
+    "WholeCheckpoint",
+    "checkpoint_problem",
+    "newest_whole_checkpoint",
+    "was_cut_off",
+    "write_checksums",
+]

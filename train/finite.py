@@ -4,13 +4,48 @@
 of them NaN, and goes on; half a day later the checkpoints hold nothing else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 
 from modeling_notellm2 import NonFiniteError
+from train.distributed import world
 
 REMEDY = "lower the learning rates, use bf16 in place of fp16, or look at the weights that the run began with"
+
+
+@contextmanager
+def refused_by_all(device: torch.device) -> Iterator[None]:
+    """Where one process raises NonFiniteError inside, all do, after it: a process alone would leave the others waiting
+    for it. All must come here, equally often; it costs one integer that is summed up.
+
+    Args:
+        device: what the processes talk to each other by.
+    """
+    own: NonFiniteError | None = None
+    try:
+        yield
+    except NonFiniteError as error:
+        own = error
+    if world()[1] > 1:
+        broken = torch.tensor(int(own is not None), device=device)
+        distributed.all_reduce(broken)
+        if bool(broken) and own is None:
+            own = _told_by_another(None)
+        elif own is not None:
+            _told_by_another(str(own))
+    if own is not None:
+        raise own
+
+
+def _told_by_another(message: str | None) -> NonFiniteError:
+    """What the first process found that found something. All must call this."""
+    found: list[str | None] = [None] * world()[1]
+    distributed.all_gather_object(found, message)
+    rank, said = next((rank, said) for rank, said in enumerate(found) if said is not None)
+    return NonFiniteError(f"{said} (Process {rank} found it.)")
 
 
 def refuse_non_finite_loss(loss: Tensor, parts: Mapping[str, Tensor], place: str) -> None:
@@ -67,4 +102,9 @@ def _local(values: Tensor) -> Tensor:
     return part
 
 
-__all__ = ["refuse_non_finite_gradients", "refuse_non_finite_loss", "refuse_non_finite_weights"]
+__all__ = [
+    "refuse_non_finite_gradients",
+    "refuse_non_finite_loss",
+    "refuse_non_finite_weights",
+    "refused_by_all",
+]

@@ -23,7 +23,6 @@ from accelerate import PartialState
 from datasets import Dataset as Table
 from transformers import AutoConfig, AutoModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
@@ -41,7 +40,7 @@ from pairs.simulate import simulate
 from pairs.split import SPLITS, NotesAndPairs, load_split, make_splits
 from pairs.tables import load_notes, related_indices
 from train.arguments import DataArguments, NoteLLM2TrainingArguments, parse_arguments
-from train.checkpoints import checkpoint_problem, newest_whole_checkpoint
+from train.checkpoints import WholeCheckpoint, checkpoint_problem, newest_whole_checkpoint, was_cut_off
 from train.data import NoteDataset, PairDataset, without_bad_images
 from train.distributed import said_by_main_process
 from train.features import VisionFeatureStore, VisionFeatureTable, fingerprint
@@ -83,7 +82,7 @@ class UserError(Exception):
     """Something the user gave cannot be used; the message says what, and the command prints no more than that."""
 
 
-def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
+def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> WholeCheckpoint | None:
     """The checkpoint `--resume_from_checkpoint` means; `last` is the newest one of the output folder, and `auto` is the
     same where there is one: otherwise the run begins anew, and what it holds of cut-off checkpoints is deleted.
 
@@ -101,15 +100,17 @@ def checkpoint_to_resume(training: NoteLLM2TrainingArguments) -> str | None:
         found = newest_whole_checkpoint(folder, processes)
         if found is None:
             _remove_cut_off_checkpoints(folder, processes)
-        return None if found is None else str(found)
+        return None if found is None else WholeCheckpoint(found)
     if wanted == "last":
         found = newest_whole_checkpoint(folder, processes)
         if found is None:
             raise UserError(f"resume_from_checkpoint=last: {folder} holds no whole checkpoint to go on from.")
-        return str(found)
-    if wanted is not None and (problem := checkpoint_problem(wanted, processes)):
+        return WholeCheckpoint(found)
+    if wanted is None:
+        return None
+    if problem := checkpoint_problem(wanted, processes):
         raise UserError(f"resume_from_checkpoint={wanted!r}: {problem}; give another, or `last`.")
-    return wanted
+    return WholeCheckpoint(wanted)
 
 
 def _remove_cut_off_checkpoints(folder: Path, processes: int) -> None:
@@ -118,7 +119,7 @@ def _remove_cut_off_checkpoints(folder: Path, processes: int) -> None:
     checkpoints = said_by_main_process(
         lambda: [path for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if path.is_dir()]
     )
-    cut_off = said_by_main_process(lambda: [path for path in checkpoints if not (path / TRAINER_STATE_NAME).exists()])
+    cut_off = said_by_main_process(lambda: [path for path in checkpoints if was_cut_off(path)])
     for checkpoint in checkpoints:
         if checkpoint not in cut_off:
             problem = checkpoint_problem(checkpoint, processes)
@@ -128,7 +129,7 @@ def _remove_cut_off_checkpoints(folder: Path, processes: int) -> None:
                 "begin anew."
             )
     if PartialState().is_main_process:
-        for checkpoint in cut_off:  # its state is written last
+        for checkpoint in cut_off:
             logger.warning("%s was cut off before it was whole, and is deleted: the run begins anew", checkpoint)
             shutil.rmtree(checkpoint)
 

@@ -32,11 +32,22 @@ from modeling_notellm2.modeling_notellm2 import MAX_LOGIT_SCALE, Part
 from modeling_notellm2.processing_notellm2 import IMAGE_EMBEDDING_TOKEN
 from train.arguments import NoteLLM2TrainingArguments
 from train.batches import BatchPlanner, drawn_log_probability
-from train.checkpoints import CheckpointChecksums, checkpoint_problem, newest_whole_checkpoint
+from train.checkpoints import (
+    CheckpointChecksums,
+    WholeCheckpoint,
+    checkpoint_problem,
+    newest_whole_checkpoint,
+    was_cut_off,
+)
 from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, PlanDataset
 from train.distributed import gather_rows, world
 from train.features import image_groups
-from train.finite import refuse_non_finite_gradients, refuse_non_finite_loss, refuse_non_finite_weights
+from train.finite import (
+    refuse_non_finite_gradients,
+    refuse_non_finite_loss,
+    refuse_non_finite_weights,
+    refused_by_all,
+)
 from train.gradcache import EncodedRows, cached_loss
 from train.losses import ContrastiveTargets, joint_loss
 from train.negatives import mine_hard_negatives, write_hard_negatives
@@ -232,6 +243,8 @@ class NoteLLM2Trainer(Trainer):
             if found is None:
                 raise ValueError(f"output_dir={self.args.output_dir} holds no whole checkpoint to go on from.")
             return str(found)
+        if isinstance(wanted, WholeCheckpoint):
+            return wanted
         if problem := checkpoint_problem(wanted, processes):
             raise ValueError(f"resume_from_checkpoint={wanted!r}: {problem}. Give one that is whole.")
         return wanted
@@ -403,7 +416,8 @@ class NoteLLM2Trainer(Trainer):
             write_hard_negatives(file, found)
             kept_epochs = {epoch}
             for checkpoint in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-                kept_epochs.add(math.floor(_epoch_of(checkpoint.parent)))
+                if not was_cut_off(checkpoint.parent):  # such a one is passed over, and stays
+                    kept_epochs.add(math.floor(_epoch_of(checkpoint.parent)))
             for other in self._hard_negatives_folder.glob("*.npy"):
                 if other not in {self._hard_negatives_file(number) for number in kept_epochs}:
                     other.unlink()  # no checkpoint goes on with it
@@ -454,14 +468,17 @@ class NoteLLM2Trainer(Trainer):
         keeps the gradients to itself, and only the loss is looked at.
 
         Raises:
-            NonFiniteError: says which.
+            NonFiniteError: says which; in all processes where one of them finds it.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         place = f"step {self.state.global_step + 1}"
-        refuse_non_finite_loss(loss, self._latest_parts, place)
         is_whole = self.accelerator.sync_gradients  # of the last batch that gradients are accumulated over
-        if is_whole and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
-            refuse_non_finite_gradients(self.model.named_parameters(), place)
+        with refused_by_all(loss.device):
+            refuse_non_finite_loss(loss, self._latest_parts, place)
+            if is_whole and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+                # A pass of its own: `Trainer` computes the norm after this and shows it to no callback before the
+                # optimizer's step, and clipping by a norm that is NaN has spoiled the gradients by then.
+                refuse_non_finite_gradients(self.model.named_parameters(), place)
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -470,7 +487,9 @@ class NoteLLM2Trainer(Trainer):
         Raises:
             NonFiniteError: there is one.
         """
-        refuse_non_finite_weights(self.model.named_parameters(), f"step {self.state.global_step}")
+        # Of a model that FSDP has sharded each process has a part, and all of them save; else all have the same.
+        with refused_by_all(self.args.device) if self.is_fsdp_enabled else nullcontext():
+            refuse_non_finite_weights(self.model.named_parameters(), f"step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)
 
     def _encode_all(self, model: nn.Module, mini_batches: Sequence[dict[str, Tensor]]) -> EncodedRows:

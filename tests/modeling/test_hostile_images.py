@@ -3,6 +3,8 @@
 import io
 import os
 import stat
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -363,6 +365,78 @@ def test_odd_pictures_look_as_they_should() -> None:
     assert np.asarray(decode_image(saved(Image.new("RGB", (1, 1), "red"), "PNG"))).tolist() == [[[255, 0, 0]]]
     assert decode_image(saved(Image.new("RGB", (1, 256), "red"), "PNG")).size == (1, 256)
     assert ImageOps.exif_transpose(picture).size == picture.size
+
+
+def on_white_at_once(picture: Image.Image) -> np.ndarray:
+    """What strips must not differ from."""
+    whole = ImageOps.exif_transpose(picture).convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+@pytest.mark.parametrize("strip", [1, 100, 997, 2**20])
+def test_transparent_pictures_are_put_on_white_strip_by_strip(
+    strip: int, mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit as at once; from a file, and from a picture of the caller's, which stays as it is."""
+    rng = np.random.default_rng(strip + orientation)
+    pixels = rng.integers(0, 256, (37, 53, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels).convert("P" if mode in ("P", "L") else mode)
+    options: dict[str, Any] = {}
+    if mode == "P":  # each of its colours is transparent in another degree
+        options["transparency"] = rng.integers(0, 256, 256, dtype=np.uint8).tobytes()
+    elif mode in ("RGB", "L"):  # one colour is
+        picture = picture.convert(mode)
+        options["transparency"] = picture.getpixel((0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = saved(picture, "PNG", exif=exif, **options)
+    opened = Image.open(io.BytesIO(content))
+    expected, size = on_white_at_once(opened), opened.size
+    assert opened.has_transparency_data and (expected.shape[:2] == (53, 37)) == (orientation == 6)
+    # Control: the alpha channel, the white and the place of each pixel count.
+    assert not np.array_equal(expected, np.asarray(ImageOps.exif_transpose(opened).convert("RGBA").convert("RGB")))
+    assert not np.array_equal(expected, np.roll(expected, 1, axis=0))
+    monkeypatch.setattr(image_notellm2, "_STRIP_PIXELS", strip)
+    for value in (content, opened):
+        assert np.array_equal(np.asarray(decode_image(value)), expected)
+    assert opened.size == size and opened.getexif().get(0x0112) == orientation
+
+
+PEAK = """
+import re, runpy, sys
+from pathlib import Path
+from PIL import Image
+
+decode_image = runpy.run_path(sys.argv[3])["decode_image"]  # without PyTorch, which is slow to import, and large
+Image.init()
+
+def peak():  # of this program; ru_maxrss would be its parent's where that has more
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+start = peak()
+picture = decode_image(sys.argv[1])
+if sys.argv[2] == "as before":
+    picture = picture.convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+print((peak() - start) * 1024 / (4 * picture.width * picture.height))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc elsewhere")
+def test_a_transparent_picture_takes_its_pixels_twice(tmp_path: Path) -> None:
+    """In units of its pixels: decoded, and on white; a third and a fourth copy, as there once were, are the control."""
+    Image.effect_noise((256, 256), 99).resize((4096, 4096), Image.Resampling.NEAREST).convert("LA").save(
+        tmp_path / "a.png", compress_level=1
+    )
+    taken = {}
+    for way in ("now", "as before"):
+        command = [sys.executable, "-c", PEAK, str(tmp_path / "a.png"), way, image_notellm2.__file__]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+        taken[way] = float(done.stdout)
+    assert taken["now"] < 2.6 and taken["as before"] > 2.8
 
 
 @pytest.mark.parametrize("tower", ["clip", "clip_dual", "siglip", "siglip2", "dinov2", "vit", "convnext"])

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pairs.disk import sha256
+from train.arguments import NoteLLM2TrainingArguments
 from train.checkpoints import checkpoint_problem, newest_whole_checkpoint, write_checksums
+from train.run import UserError, checkpoint_to_resume
 from train.trainer import NoteLLM2Trainer
 
 BuildTrainer = Callable[..., NoteLLM2Trainer]
@@ -154,6 +158,90 @@ def test_no_whole_checkpoint_is_no_resume(run: Path, build_trainer: BuildTrainer
         (run / name / "scheduler.pt").touch()
     with pytest.raises(ValueError, match="no whole checkpoint"):
         build_trainer(output_dir=str(run)).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_hashed_once_on_the_way_into_a_run(
+    run: Path, build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch
+):
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    for wanted in ("auto", "last", str(run / "checkpoint-2")):
+        trainer = build_trainer(output_dir=str(run), max_steps=3, save_strategy="no", resume_from_checkpoint=wanted)
+        monkeypatch.setattr("train.checkpoints.sha256", counted)
+        found = checkpoint_to_resume(trainer.args)
+        assert found == str(run / "checkpoint-2")
+        trainer.train(resume_from_checkpoint=found)
+        assert trainer.state.global_step == 3
+        assert "model.safetensors" in hashed and len(set(hashed)) == len(hashed)
+        hashed.clear()
+    # Control: a path that nobody has looked at is looked at.
+    build_trainer(output_dir=str(run), max_steps=3, save_strategy="no").train(str(run / "checkpoint-2"))
+    assert "model.safetensors" in hashed
+
+
+def cut_state(folder: Path, seed: int) -> None:
+    """kill −9 in the middle of writing it, at a random byte: `Trainer` writes it in place."""
+    state = folder / "trainer_state.json"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: random.Random(seed).randrange(len(whole) - 1)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auto_passes_over_a_state_that_was_cut_off(
+    seed: int, run: Path, build_trainer: BuildTrainer, caplog: pytest.LogCaptureFixture
+):
+    """At any byte; what mines hard negatives reads the states of all checkpoints, too, and the one at the run's end is
+    not what a run goes on from."""
+    newest, settings = run / "checkpoint-2", {"output_dir": str(run), "hard_negatives": 1, "hard_negative_pool": 4}
+    shutil.copy(newest / "trainer_state.json", run / "trainer_state.json")
+    cut_state(newest, seed)
+    cut_state(run, seed + 100)
+    (newest / "checksums.json").unlink()
+    trainer = build_trainer(max_steps=3, save_strategy="no", resume_from_checkpoint="auto", **settings)
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint_to_resume(trainer.args)
+    assert found == str(run / "checkpoint-1") and (newest / "model.safetensors").exists()
+    assert f"{newest} is not whole and is passed over: trainer_state.json" in caplog.text
+    trainer.train(resume_from_checkpoint=found)
+    trainer.save_state()
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_auto_begins_anew_only_where_no_checkpoint_was_ever_whole(
+    seed: int, run: Path, caplog: pytest.LogCaptureFixture
+):
+    arguments = build_arguments(run)
+    shutil.rmtree(run / "checkpoint-1")
+    newest, whole = run / "checkpoint-2", (run / "checkpoint-2" / "trainer_state.json").read_bytes()
+    cut_state(newest, seed)
+    # It has checksums, so that it was whole, and was damaged later: its weights are not thrown away.
+    with pytest.raises(UserError, match=r"checkpoint-2 is complete, .*trainer_state\.json .*--output_dir"):
+        checkpoint_to_resume(arguments)
+    (newest / "checksums.json").unlink()
+    # Not cut off, but damaged.
+    for damaged in (whole.replace(b":", b"?", 1 + seed), b"\xff" + whole):
+        (newest / "trainer_state.json").write_bytes(damaged)
+        with pytest.raises(UserError, match="checkpoint-2 is complete"):
+            checkpoint_to_resume(arguments)
+    assert (newest / "model.safetensors").exists()
+    # Control: whole again.
+    (newest / "trainer_state.json").write_bytes(whole)
+    assert checkpoint_to_resume(arguments) == str(newest)
+    cut_state(newest, seed)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint_to_resume(arguments) is None
+    assert f"{newest} was cut off before it was whole, and is deleted" in caplog.text and not newest.exists()
+
+
+def build_arguments(folder: Path) -> NoteLLM2TrainingArguments:
+    return NoteLLM2TrainingArguments(
+        output_dir=str(folder), resume_from_checkpoint="auto", use_cpu=True, report_to="none"
+    )
 
 
 def test_state_is_json(run: Path):

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import TrainerCallback
 
+import train.trainer as train_module
 from modeling_notellm2 import NoteLLM2Model
 from pairs.disk import sha256
 from pairs.split import load_split
@@ -219,7 +221,7 @@ class IsSharded(TrainerCallback):
         assert any("language_model" in name for name in sharded)
 
 
-def train_sharded(*arguments: Any) -> None:
+def train_sharded(*arguments: Any, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """FSDP2 on processors: PyTorch shards there, too, but accelerate turns it on for accelerators alone."""
     os.environ |= FSDP
     prepare = AcceleratorState.__init__
@@ -240,7 +242,7 @@ def train_sharded(*arguments: Any) -> None:
 
     Accelerator.get_state_dict = materialized  # type: ignore[method-assign]
     AcceleratorState.__init__ = with_fsdp  # type: ignore[method-assign]  # in a process of its own
-    train_and_save(*arguments, callbacks=[IsSharded()])
+    train_and_save(*arguments, callbacks=[IsSharded(), *callbacks])
 
 
 def test_fsdp_that_accelerate_leaves_off_is_refused(build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch):
@@ -270,6 +272,74 @@ def test_fsdp2_trains_like_one_process(
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=2e-5, rtol=1e-4)
     assert moved > 1e-3  # control: half the gradient, as without the factor W, would be far off the tolerance
+
+
+class NaNInOneProcess(TrainerCallback):
+    """In process 1 alone: a loss, with its gradient finite; the gradients that it holds; the weights that it holds."""
+
+    def __init__(self, what: str, folder: Path) -> None:
+        self.what, self.folder = what, folder
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step != 1 or world()[0] != 1 or self.what == "weights":
+            return
+        original = Accelerator.backward
+
+        def backward(accelerator: Accelerator, loss: Tensor, **settings: Any) -> None:
+            original(accelerator, loss, **settings)
+            if self.what == "loss":
+                loss.data.fill_(torch.nan)
+            elif self.what == "gradients" and accelerator.sync_gradients:
+                spoil(parameter.grad for parameter in model.parameters())
+
+        Accelerator.backward = backward  # type: ignore[method-assign]  # in a process of its own
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step == 1 and world()[0] == 1 and self.what == "weights":
+            spoil(parameter.detach() for parameter in model.parameters())
+
+
+def spoil(tensors: Iterable[Tensor | None]) -> None:
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local is not None and local.numel():
+            local.fill_(torch.nan)
+            return
+
+
+def end_of_a_run(what: str, is_told: bool, train: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """In each process: writes how its run ends."""
+    if not is_told:
+        train_module.refused_by_all = lambda device: nullcontext()  # type: ignore[assignment]
+    try:
+        train(*arguments, callbacks=[NaNInOneProcess(what, folder)])
+    except (ValueError, RuntimeError) as error:  # the latter of gloo, where the other process is gone
+        (folder / f"{world()[0]}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize(
+    ("what", "way", "words", "is_told"),
+    [
+        ("loss", "ddp", "step 2: the loss is nan", True),
+        ("gradients", "ddp", "step 2: of ", True),
+        ("gradients", "fsdp", "step 2: of ", True),
+        ("weights", "fsdp", "step 2: 1 weights are not finite", True),
+        ("gradients", "fsdp", "step 2: of ", False),
+    ],
+)
+def test_what_one_process_finds_ends_all_of_them(
+    what: str, way: str, words: str, is_told: bool, splits_folder: Path, backbones: tiny.Backbones, tmp_path: Path
+):
+    """By the same error. The control: where they do not tell each other, the other one ends by something else."""
+    settings = RUN | {"llm_tuning": "full", "max_steps": 3, "per_device_train_batch_size": 4, "save_steps": 1}
+    settings |= {"gradient_accumulation_steps": 2, "ddp_timeout": 30}
+    train = train_sharded if way == "fsdp" else train_and_save
+    tiny.run_processes(
+        2, end_of_a_run, what, is_told, train, tmp_path, splits_folder, backbones, tmp_path / "run", settings
+    )
+    ends = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert ends[1].startswith(f"NonFiniteError: {words}") and "(Process" not in ends[1]
+    assert (ends[0] == f"{ends[1]} (Process 1 found it.)") == is_told, ends[0]
 
 
 def test_fsdp1_is_refused(build_trainer: BuildTrainer, monkeypatch: pytest.MonkeyPatch):
