@@ -157,7 +157,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 def decode_image(value: Any) -> Image.Image:
     """An RGB picture, turned the way its EXIF data says, transparent parts on white; of 16 bits the upper 8.
 
-    Of the largest pictures it takes up to 0.7 GB beside the file; of WebP, whose decoder keeps copies, 1.1 GB.
+    Of the largest pictures it takes up to 0.7 GB, the file included; of WebP, whose decoder keeps copies, 1.1 GB.
 
     Args:
         value: see `check_image`; not None.

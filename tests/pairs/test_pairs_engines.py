@@ -450,7 +450,9 @@ def test_a_session_of_its_own_as_the_command_opens_it(tmp_path):
         assert done.returncode == 0, done.stderr
         tables.append(pq.read_table(tmp_path / f"{name}.parquet"))
     assert tables[0].equals(tables[1]) and len(tables[0]) > 100
-    assert {path.name for path in tmp_path.iterdir()} == {"views.parquet", "duckdb.parquet", "spark.parquet"}
+    # Spark 4.0 and 4.1 leave a folder of their own where they are started.
+    left = {path.name for path in tmp_path.iterdir()} - {"artifacts"}
+    assert left == {"views.parquet", "duckdb.parquet", "spark.parquet"}
 
 
 def test_both_engines_split_alike(tmp_path, duckdb_engine, spark_engine):
