@@ -305,7 +305,7 @@ def _agreed(find: Callable[[], Result]) -> Result:
     def attempt() -> tuple[Any, Exception | None]:
         try:
             return find(), None
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the others wait for an answer, and raise it, too
             return None, error
 
     found, error = said_by_main_process(attempt)

@@ -42,7 +42,7 @@ from hub.compose import save_checkpoint
 from hub.private import PrivateError, refuse_private
 from hub.verify import CHECKSUMS, folder_files, is_export, sha256, write_checksums, write_record
 from modeling_notellm2 import NoteLLM2Model, __version__
-from pairs.command import CommandParser
+from pairs.command import CommandParser, interruption_said
 from pairs.disk import DiskError, new_folder
 
 logger = logging.getLogger("hub.export")
@@ -427,6 +427,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruption_said(
+    "the folder was not written, or is not whole: hub.verify says; give the same command to begin again."
+)
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

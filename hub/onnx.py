@@ -31,7 +31,7 @@ from hub.private import PrivateError, refuse_private
 from hub.verify import sample_notes
 from modeling_notellm2 import NoteLLM2Model
 from modeling_notellm2.modeling_notellm2 import NoteStates, last_token_states
-from pairs.command import CommandParser
+from pairs.command import CommandParser, interruption_said
 from pairs.disk import new_folder
 
 try:
@@ -394,6 +394,7 @@ def _backbones(model: NoteLLM2Model) -> str:
     return _llm(model) if model.vision_tower is None else f"{_llm(model)} and {_tower(model)}"
 
 
+@interruption_said("the folder was not written, or is not whole; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     parser = CommandParser(

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hub.repo_id import check_repo_id
 from hub.verify import CHECKSUMS, VerificationError, available_loaders, is_export, listed_files, sha256, verify
-from pairs.command import CommandParser
+from pairs.command import CommandParser, interruption_said
 
 # What the client's HTTP library raises where the Hub cannot be reached: that of httpx or httpx2, by its release.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -216,6 +216,7 @@ def _addition(root: Path, file: PlannedFile) -> CommitOperationAdd:
     return addition
 
 
+@interruption_said("nothing was published, unless the commit had been sent; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     parser = CommandParser(

@@ -44,7 +44,7 @@ from hub.fingerprint import model_fingerprint
 from hub.private import PrivateError, refuse_private
 from hub.repo_id import check_repo_id
 from modeling_notellm2.processing_notellm2 import TEXT_FIELDS, has_image, read_image
-from pairs.command import CommandParser
+from pairs.command import CommandParser, interruption_said
 from pairs.disk import new_folder, refuse_taken
 from pairs.tables import load_notes
 
@@ -244,6 +244,7 @@ def _readme(settings: SpaceSettings) -> str:
     return _README.format(card=card.to_yaml(), title=settings.title, model=settings.model, lede=settings.lede)
 
 
+@interruption_said("the folder was not written, or is not whole; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     parser = CommandParser(

@@ -37,7 +37,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_notellm2
 from modeling_notellm2 import NoteLLM2Model
-from pairs.command import CommandParser
+from pairs.command import CommandParser, interruption_said
 from pairs.disk import sha256
 
 TOLERANCE = 1e-5
@@ -379,6 +379,7 @@ def _difference(folder: str | os.PathLike, expected: np.ndarray, found: np.ndarr
     return difference
 
 
+@interruption_said("nothing was verified; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     parser = CommandParser(

@@ -38,7 +38,7 @@ from hub.verify import (
     is_export,
     recorded_difference,
 )
-from pairs.command import CommandParser
+from pairs.command import CommandParser, interruption_said
 
 logger = logging.getLogger("hub.versions")
 
@@ -321,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@interruption_said("the table was not written; give the same command to begin again.")
 def main(argv: list[str] | None = None) -> None:
     """The command; `argv` as in `sys.argv[1:]`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

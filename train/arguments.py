@@ -395,6 +395,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         usage="accelerate launch %(prog)s [CONFIG.yaml] [--option VALUE …]",
         description="Train NoteLLM-2. Options may stand in a YAML file, and on the command line, which wins. Without "
         "any, the embedded example runs: simulated notes and views, tiny backbones, under five minutes on two cores.",
+        allow_abbrev=False,  # as in a file
     )
     config = DEFAULT_CONFIG
     if argv and not argv[0].startswith("-"):
@@ -418,7 +419,10 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     except ValueError as error:
         parser.error(str(error))
     if unknown_words:
-        parser.error(f"{unknown_words[0]} is no option")
+        is_option = unknown_words[0].startswith("-")
+        parser.error(
+            f"{unknown_words[0]} is no option{'' if is_option else ': a config comes first, before all options'}"
+        )
     return composition, data, training
 
 

@@ -102,11 +102,19 @@ def was_cut_off(checkpoint: Path) -> bool:
     way, or beside checksums, was whole once.
     """
     state = checkpoint / TRAINER_STATE_NAME
+    if (checkpoint / CHECKSUMS).exists():
+        return False
     if not state.exists():
         return True
-    if (checkpoint / CHECKSUMS).exists() or _file_problem(state) is None:
+    if _file_problem(state) is None:
         return False
     return not state.read_bytes().rstrip().endswith(b"\n}")  # braces within it are indented
+
+
+def has_readable_state(checkpoint: Path) -> bool:
+    """Whether the trainer's state of a checkpoint is there and is JSON; nothing else of it is looked at."""
+    state = checkpoint / TRAINER_STATE_NAME
+    return state.exists() and _file_problem(state) is None
 
 
 def _problem(folder: Path, processes: int) -> str | None:
@@ -179,6 +187,7 @@ __all__ = [
     "CheckpointChecksums",
     "WholeCheckpoint",
     "checkpoint_problem",
+    "has_readable_state",
     "newest_whole_checkpoint",
     "was_cut_off",
     "write_checksums",

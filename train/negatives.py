@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from modeling_notellm2 import NonFiniteError, NoteLLM2PreTrainedModel
 from train.data import NoteReader
 from train.distributed import gather_rows, world
+from train.finite import refused_by_all
 from train.related import RelatedNotes
 from train.states import NoteStateTable
 
@@ -116,19 +117,20 @@ def embed_notes(
     was_training = model.training
     model.eval()
     try:
-        for rows in own.split(NOTES_AT_ONCE):
-            table = NoteStateTable(model, reader, rows, batch_size, autocast, show_progress_bar)
-            for some in rows[table.kept[rows]].split(batch_size):
-                if not len(some):  # what nothing is split into
-                    continue
-                embeds = model.embed_states(table.select(some)).note_embeds
-                assert embeds is not None
-                if not bool((is_finite := embeds.isfinite().all(1)).all()):  # NaN would say that it cannot be read
-                    raise NonFiniteError(
-                        f"the embedding of note {int(some[int(is_finite.int().argmin())])} is not finite: check the "
-                        "model's weights, or train with bf16 in place of fp16."
-                    )
-                result[some // processes] = embeds.float()
+        with refused_by_all(model.device):
+            for rows in own.split(NOTES_AT_ONCE):
+                table = NoteStateTable(model, reader, rows, batch_size, autocast, show_progress_bar)
+                for some in rows[table.kept[rows]].split(batch_size):
+                    if not len(some):  # what nothing is split into
+                        continue
+                    embeds = model.embed_states(table.select(some)).note_embeds
+                    assert embeds is not None
+                    if not bool((is_finite := embeds.isfinite().all(1)).all()):  # NaN would say: it cannot be read
+                        raise NonFiniteError(
+                            f"the embedding of note {int(some[int(is_finite.int().argmin())])} is not finite: check "
+                            "the model's weights, or train with bf16 in place of fp16."
+                        )
+                    result[some // processes] = embeds.float()
     finally:
         model.train(was_training)
     order = torch.cat([torch.arange(first, total, processes) for first in range(processes)])

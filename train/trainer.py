@@ -36,8 +36,8 @@ from train.checkpoints import (
     CheckpointChecksums,
     WholeCheckpoint,
     checkpoint_problem,
+    has_readable_state,
     newest_whole_checkpoint,
-    was_cut_off,
 )
 from train.data import NoteCollator, NoteDataset, NoteReader, PairDataset, PlanCollator, PlanDataset
 from train.distributed import gather_rows, world
@@ -416,7 +416,7 @@ class NoteLLM2Trainer(Trainer):
             write_hard_negatives(file, found)
             kept_epochs = {epoch}
             for checkpoint in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-                if not was_cut_off(checkpoint.parent):  # such a one is passed over, and stays
+                if has_readable_state(checkpoint.parent):  # one without is passed over, and stays
                     kept_epochs.add(math.floor(_epoch_of(checkpoint.parent)))
             for other in self._hard_negatives_folder.glob("*.npy"):
                 if other not in {self._hard_negatives_file(number) for number in kept_epochs}:

@@ -485,11 +485,11 @@ def test_the_fuzzer_sees_what_is_wrong(
     monkeypatch.setattr(image_notellm2, "_DECODER_ERRORS", ())
     assert attack_images(processor, tmp_path, 10, seed=0).unnamed > 0
     monkeypatch.undo()
-    read, calls = image_notellm2._upright_rgb, [0]
+    read, calls = image_notellm2._rgb, [0]
 
     def unsteady(picture: Image.Image) -> Image.Image:
         calls[0] += 1
         return read(picture) if calls[0] % 2 else ImageOps.invert(read(picture))
 
-    monkeypatch.setattr(image_notellm2, "_upright_rgb", unsteady)
+    monkeypatch.setattr(image_notellm2, "_rgb", unsteady)
     assert attack_images(processor, tmp_path, 25, seed=0).wrong > 0

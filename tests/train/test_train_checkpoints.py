@@ -222,6 +222,11 @@ def test_auto_begins_anew_only_where_no_checkpoint_was_ever_whole(
     # It has checksums, so that it was whole, and was damaged later: its weights are not thrown away.
     with pytest.raises(UserError, match=r"checkpoint-2 is complete, .*trainer_state\.json .*--output_dir"):
         checkpoint_to_resume(arguments)
+    # The same without a state, as where a copy of the folder broke off.
+    (newest / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-2 is complete, .*trainer_state\.json"):
+        checkpoint_to_resume(arguments)
+    assert (newest / "model.safetensors").exists()
     (newest / "checksums.json").unlink()
     # Not cut off, but damaged.
     for damaged in (whole.replace(b":", b"?", 1 + seed), b"\xff" + whole):
