@@ -192,6 +192,7 @@ class Study:
     def arguments_of(self, variant: Variant) -> tuple[CompositionArguments, NoteLLM2TrainingArguments]:
         """The recipe's settings with the variant's, which win."""
         words = [word for name, value in variant.settings.items() for word in (f"--{name}", str(value))]
+        words += ["--head_warmup_steps", str(self.steps)]  # as an option, it is checked as one: it wants a rate
         composition, _data, training = parse_arguments([self.config, *self.options, *words])
         training.llm_tuning = "frozen"  # adapters start at nothing, and would slow the pass down
         training.output_dir, training.report_to = str(self.folder / "run"), []
@@ -225,8 +226,7 @@ class FrozenVariant:
         self.reader, self.states = self._states(study.train.notes, train_rows)
         _reader, self.test_states = self._states(study.test.notes, torch.arange(len(study.test.notes)))
         model.language_model = llm
-        training.head_warmup_steps = study.steps
-        self.groups = NoteLLM2Trainer(model, training, self.pairs).warmup_groups()
+        self.trainer = NoteLLM2Trainer(model, training, self.pairs)
         of_head = (*model.parts["head"], "note_standardizer.", "visual_standardizer.", "pooled_standardizer.")
         self.start = {
             name: copy.deepcopy(value) for name, value in model.state_dict().items() if name.startswith(of_head)
@@ -264,7 +264,7 @@ class FrozenVariant:
             model,
             self.reader,
             self.pairs.pairs,
-            self.groups,
+            self.trainer.warmup_groups(),  # anew: the schedule of a warm-up writes its rates into them
             steps=self.study.steps,
             visual_loss_weight=self.training.visual_loss_weight,
             seed=seed,
