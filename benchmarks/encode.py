@@ -46,7 +46,7 @@ import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from benchmarks.inputs import RANDOM_MODELS, Note, read_notes, save_random_checkpoint, simulate_notes, vary
 from benchmarks.measure import Limits, Usage, Watch, facts_text, measure, moment, product_flops, weight_products
@@ -185,7 +185,7 @@ FLOAT32_LINEARS = ("down_proj",)
 outliers, and all of it one scale: in int8, too, little of what tells notes apart is left."""
 
 
-def quantized(llm: nn.Module) -> nn.Module:
+def quantized(llm: PreTrainedModel) -> PreTrainedModel:
     """A copy of an LLM whose linear layers, but for `FLOAT32_LINEARS`, compute in int8 on the processor.
 
     PyTorch's dynamic quantization. A weight has a scale for each output, the activations one for all tokens of a call:
@@ -195,7 +195,8 @@ def quantized(llm: nn.Module) -> nn.Module:
     kinds = {
         name: torch.ao.quantization.per_channel_dynamic_qconfig for name in names if not name.endswith(FLOAT32_LINEARS)
     }
-    return torch.ao.quantization.quantize_dynamic(llm, kinds)
+    quantized_llm: PreTrainedModel = torch.ao.quantization.quantize_dynamic(llm, kinds)
+    return quantized_llm
 
 
 def load_system(settings: Settings) -> LoadedSystem:

@@ -195,7 +195,7 @@ class Study:
         words += ["--head_warmup_steps", str(self.steps)]  # as an option, it is checked as one: it wants a rate
         composition, _data, training = parse_arguments([self.config, *self.options, *words])
         training.llm_tuning = "frozen"  # adapters start at nothing, and would slow the pass down
-        training.output_dir, training.report_to = str(self.folder / "run"), []
+        training.output_dir, training.report_to = str(self.folder / "run"), "none"
         training.vision_features_dir = training.vision_features_dir or str(self.folder / "vision_features")
         return composition, training
 
@@ -278,6 +278,13 @@ class FrozenVariant:
         return output.note_embeds.numpy()
 
 
+def sign_bits(embeds: np.ndarray) -> np.ndarray:
+    """(N, D) float32 ─► (N, D / 8, rounded up) uint8: whether each number is positive, packed."""
+    bits = quantize_embeddings(embeds, "ubinary")
+    assert isinstance(bits, np.ndarray)
+    return bits
+
+
 def hamming_distances(bits: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(R, N) int64, of the notes at `rows` to all, whose packed bits are `bits` (N, B) uint8."""
     return np.bitwise_count(bits[rows, None] ^ bits).sum(-1, dtype=np.int64)
@@ -289,7 +296,7 @@ def binary_scores(embeds: np.ndarray) -> ScoreFunction:
     Args:
         embeds: (N, D) float32.
     """
-    bits = quantize_embeddings(embeds, "ubinary")
+    bits = sign_bits(embeds)
     return lambda rows: -hamming_distances(bits, rows)
 
 
@@ -301,7 +308,7 @@ def rescored_scores(queries: np.ndarray, notes: np.ndarray, number: int) -> Scor
         notes: (N, D) float32, what the products of a query are taken with.
         number: notes that are scored again, those with the nearest bits.
     """
-    bits, order = quantize_embeddings(queries, "ubinary"), tie_order(len(queries))
+    bits, order = sign_bits(queries), tie_order(len(queries))
 
     def score(rows: np.ndarray) -> np.ndarray:
         distances = hamming_distances(bits, rows)
