@@ -196,6 +196,8 @@ class Study:
         composition, _data, training = parse_arguments([self.config, *self.options, *words])
         training.llm_tuning = "frozen"  # adapters start at nothing, and would slow the pass down
         training.output_dir, training.report_to = str(self.folder / "run"), "none"
+        training.save_strategy = training.eval_strategy = "no"  # nothing is trained but heads
+        training.load_best_model_at_end = False
         training.vision_features_dir = training.vision_features_dir or str(self.folder / "vision_features")
         return composition, training
 

@@ -43,6 +43,12 @@ def recipe(
         "head_warmup_learning_rate": 1.0e-3,
         "llm_tuning": "lora",
         "use_cpu": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "recall@10",
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
