@@ -46,7 +46,7 @@ import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from benchmarks.inputs import RANDOM_MODELS, Note, read_notes, save_random_checkpoint, simulate_notes, vary
 from benchmarks.measure import Limits, Usage, Watch, facts_text, measure, moment, product_flops, weight_products
@@ -93,7 +93,8 @@ class Settings:
         notes: path of the table, whose first `num_notes` are used; None: all.
         batch_size: notes a batch; `encode` keeps its own.
         threads: of PyTorch; None: its own choice.
-        dtype: of the weights, as "float32".
+        dtype: of the weights, as "float32"; "int8": float32, but for the LLM's linear layers (`quantized`). Not what
+            `encoding` measures, whose share of the peak is that of floating-point products.
         result: file for the JSON that the run leaves.
     """
 
@@ -179,13 +180,34 @@ def encode_padded(model: NoteLLM2Model, notes: Iterable[Note], batch_size: int) 
     return embeds
 
 
+FLOAT32_LINEARS = ("down_proj",)
+"""Linear layers that int8 leaves in float32, by the end of their names. What enters the last one of a Llama's MLP has
+outliers, and all of it one scale: in int8, too, little of what tells notes apart is left."""
+
+
+def quantized(llm: PreTrainedModel) -> PreTrainedModel:
+    """A copy of an LLM whose linear layers, but for `FLOAT32_LINEARS`, compute in int8 on the processor.
+
+    PyTorch's dynamic quantization. A weight has a scale for each output, the activations one for all tokens of a call:
+    a note's embedding depends a little on the notes that it is encoded with.
+    """
+    names = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
+    kinds = {
+        name: torch.ao.quantization.per_channel_dynamic_qconfig for name in names if not name.endswith(FLOAT32_LINEARS)
+    }
+    quantized_llm: PreTrainedModel = torch.ao.quantization.quantize_dynamic(llm, kinds)
+    return quantized_llm
+
+
 def load_system(settings: Settings) -> LoadedSystem:
     """Load a system. For the padded ones, `PROCESSOR_IMAGES` of this process is changed.
 
     Raises:
         ValueError: the folder has a model of another kind.
     """
-    device, dtype = torch.device(default_device()), getattr(torch, settings.dtype)
+    is_int8 = settings.dtype == "int8"
+    device = torch.device("cpu" if is_int8 else default_device())
+    dtype = torch.float32 if is_int8 else getattr(torch, settings.dtype)
     encode: Encoder
     if settings.system.startswith("sentence-transformers"):
         from sentence_transformers import SentenceTransformer  # its memory is not the others'
@@ -213,6 +235,8 @@ def load_system(settings: Settings) -> LoadedSystem:
     if settings.system in ("official", "sentence-transformers-padded"):
         model.language_model.set_attn_implementation("sdpa")
         vision_notellm2.PROCESSOR_IMAGES = settings.batch_size
+    if is_int8:
+        model.language_model = quantized(model.language_model)
     return LoadedSystem(model, processor, encode)
 
 

@@ -256,15 +256,12 @@ class NoteLLM2Trainer(Trainer):
                 "a run of its own without FSDP and DeepSpeed, then go on from its checkpoint with head_warmup_steps=0."
             )
         assert self.reader is not None and isinstance(self.train_dataset, PairDataset)
-        groups = [group for group in self.parameter_groups(self.model) if group["part"] == "head"]
-        if self.args.head_warmup_learning_rate is not None:
-            groups = [group | {"lr": self.args.head_warmup_learning_rate} for group in groups]
         # Every process does the same: the result is the same, and none could go on without it.
         loss = warm_up_head(
             self.model,
             self.reader,
             self.train_dataset.pairs,
-            groups,
+            self.warmup_groups(),
             steps=self.args.head_warmup_steps,
             visual_loss_weight=self.args.visual_loss_weight,
             seed=self.args.seed,
@@ -621,6 +618,13 @@ class NoteLLM2Trainer(Trainer):
             }
             for (part, decay), parameters in groups.items()
         ]
+
+    def warmup_groups(self) -> list[dict[str, Any]]:
+        """`parameter_groups` of what the head's warm-up trains, at its rate."""
+        groups = [group for group in self.parameter_groups(self.model) if group["part"] == "head"]
+        if self.args.head_warmup_learning_rate is not None:
+            groups = [group | {"lr": self.args.head_warmup_learning_rate} for group in groups]
+        return groups
 
 
 def _check_fsdp_plugin(plugin: Any, model: NoteLLM2PreTrainedModel) -> None:

@@ -44,6 +44,7 @@ def warm_up_head(
     batch_size: int = 32,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     show_progress_bar: bool = True,
+    table: NoteStateTable | None = None,
 ) -> float:
     """Train the parameters of `groups` with AdamW, at a rate that decays to zero by a cosine, on the loss of training.
 
@@ -62,6 +63,7 @@ def warm_up_head(
         batch_size: notes a forward pass of the backbones.
         autocast: the mixed precision of that pass.
         show_progress_bar: show progress bars of the pass and of the steps.
+        table: the states of all notes of `pairs`, where they are known from before: no pass is made.
 
     Returns:
         The mean loss of the last tenth of the steps.
@@ -73,7 +75,8 @@ def warm_up_head(
     """
     generator = torch.Generator().manual_seed(seed)
     notes, chosen = _choose_pairs(torch.from_numpy(pairs), generator)
-    table = NoteStateTable(model, reader, notes, batch_size, autocast, show_progress_bar)
+    if table is None:
+        table = NoteStateTable(model, reader, notes, batch_size, autocast, show_progress_bar)
     chosen = chosen[table.kept[chosen].all(1)]
     if not len(chosen):
         raise ValueError("no pair is left to warm up on: no image of the training notes can be read.")

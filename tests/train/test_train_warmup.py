@@ -45,6 +45,25 @@ def test_trains_the_head_alone_and_on_the_loss_of_training(build_trainer: BuildT
         assert after < trainer.compute_loss(model, batch) - 0.05
 
 
+def test_states_that_are_known_already_teach_the_same(build_trainer: BuildTrainer):
+    def head(table: NoteStateTable | None, runs: int) -> torch.Tensor:
+        trainer = build_trainer(head_learning_rate=3e-3)
+        calls: list[int] = []
+        trainer.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+        settings = {"steps": 5, "visual_loss_weight": 0.1, "seed": 0, "table": table}
+        warm_up_head(trainer.model, trainer.reader, trainer.train_dataset.pairs, trainer.warmup_groups(), **settings)
+        assert bool(calls) == bool(runs)
+        return trainer.model.head.weight.detach()
+
+    trainer = build_trainer()
+    rows = torch.arange(len(trainer.reader.notes))
+    table = NoteStateTable(trainer.model, trainer.reader, rows)
+    found = head(None, 1)
+    torch.testing.assert_close(head(table, 0), found, atol=1e-5, rtol=1e-4)
+    table._tensors["note_states"] += torch.randn_like(table._tensors["note_states"])
+    assert (head(table, 0) - found).abs().max() > 1e-3
+
+
 def test_text_only_models_and_fixed_temperatures(build_trainer: BuildTrainer, backbones: tuple[Path, Path]):
     model = NoteLLM2Model.from_backbones(backbones[0], embedding_dim=8, learnable_temperature=False)
     assert warm_up(build_trainer(model, head_learning_rate=1e-2), steps=2) == {"head.weight"}
