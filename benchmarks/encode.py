@@ -181,8 +181,8 @@ def encode_padded(model: NoteLLM2Model, notes: Iterable[Note], batch_size: int) 
 
 
 FLOAT32_LINEARS = ("down_proj",)
-"""Linear layers that int8 leaves in float32, by the end of their names. What enters the last one of a Llama's MLP has
-outliers, and all of it one scale: in int8, too, little of what tells notes apart is left."""
+"""Linear layers that int8 leaves in float32, by the end of their names. Of SmolLM2-135M with all layers in int8 the
+standardized states of eight films had a cosine of 0.5 to those in float32, without this one 0.8."""
 
 
 def quantized(llm: PreTrainedModel) -> PreTrainedModel:
