@@ -16,7 +16,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n(--help explains all options)\n")
+        self.exit(2, f"{self.prog}: error: {message} (--help explains all options)\n")
 
 
 @contextmanager

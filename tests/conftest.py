@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,16 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     threads = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+THREADS = torch.get_num_threads()
 
 WORLD = SimulationOptions(notes=96, subjects=3, looks=3, users=150, image_size=24, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A command that ran in this process may have taken all cores."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

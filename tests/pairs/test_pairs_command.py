@@ -28,7 +28,7 @@ def test_an_error_is_said_alone(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(["--other"])
     assert ended.value.code == 2
-    expected = "python -m this: error: unrecognized arguments: --other\n(--help explains all options)\n"
+    expected = "python -m this: error: unrecognized arguments: --other (--help explains all options)\n"
     assert capsys.readouterr().err == expected
 
 

@@ -76,14 +76,14 @@ def test_bad_settings_are_named(settings: dict, named: str, tmp_path: Path, caps
         parse_arguments([write(tmp_path / "c.yaml", **settings)])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert named in said and "usage" not in said and said.endswith("\n(--help explains all options)\n")
+    assert named in said and "usage" not in said and said.endswith(" (--help explains all options)\n")
     assert len(said.splitlines()) <= 3  # transformers may break its sentence
 
 
 def test_an_unknown_option_is_named_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         parse_arguments([write(tmp_path / "c.yaml"), "--batches", "graph", "--quality", "high"])
-    assert capsys.readouterr().err == "train/run.py: error: --quality is no option\n(--help explains all options)\n"
+    assert capsys.readouterr().err == "train/run.py: error: --quality is no option (--help explains all options)\n"
 
 
 @pytest.mark.parametrize("content", [b"llm: [a, b", b"llm: \xff"])
