@@ -424,7 +424,7 @@ class FaultBench:
         if job.name == "training":
             arguments += ["--dataloader_num_workers", "2"]
         else:
-            arguments = ["torch.distributed.run", "--nproc_per_node", "2", "-m", *arguments]
+            arguments = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *arguments]
         outcome = Outcome("worker", job.name, "")
         begun = out / ("run/checkpoint-2/checksums.json" if job.name == "training" else "embeddings/manifest.json")
         with Command(arguments, self.folder / "said") as command:

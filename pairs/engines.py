@@ -302,6 +302,8 @@ class DuckDBEngine(Engine):
             expression.to_parquet(folder / "part-0.parquet")
 
     def close(self) -> None:
+        # Ctrl-C ends the call, not always the query, whose end disconnecting waits for.
+        self.backend.con.interrupt()
         self.backend.disconnect()
         self._folder.cleanup()
 

@@ -67,13 +67,16 @@ def test_an_interrupted_command_says_what_is_kept(
     assert lines[-1].startswith("Interrupted: ") and said in lines[-1] and "Traceback" not in "\n".join(lines)
 
 
+ENDLESS = "SELECT sum(a.range * b.range % 7) FROM range(1000000) a, range(1000000) b"
+
+
 def test_an_interrupted_query_ends_the_command(interruptible: None, capsys: pytest.CaptureFixture[str]):
     """DuckDB makes an error of its own of it."""
 
     @interruption_said("nothing")
     def ask() -> None:
         with connect(memory_gb=1) as engine:
-            engine.backend.raw_sql("SELECT sum(a.range * b.range % 7) FROM range(1000000) a, range(1000000) b")
+            engine.backend.raw_sql(ENDLESS)
 
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
@@ -81,6 +84,32 @@ def test_an_interrupted_query_ends_the_command(interruptible: None, capsys: pyte
         ask()
     timer.join()
     assert ended.value.code == 130 and capsys.readouterr().err.endswith("\nInterrupted: nothing\n")
+
+
+def test_an_engine_that_is_at_work_closes():
+    """One interrupt in five left the query at work, and `close` waited for its end."""
+    engine = connect(memory_gb=1)
+    connection = engine.backend.con
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            connection.execute(ENDLESS)
+        except Exception as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    asking.start()
+    asking.join(0.5)
+    assert asking.is_alive()
+    closing.start()
+    closing.join(60)
+    hung = closing.is_alive()
+    if hung:
+        connection.interrupt()
+    asking.join(60)
+    assert not hung and failed
 
 
 def test_other_errors_go_on():

@@ -252,12 +252,13 @@ def launch(file: Path, tmp_path: Path) -> list[str]:
         pytest.importorskip("deepspeed")
     processes = min(settings["num_processes"], 2)
     if settings["distributed_type"] == "MULTI_GPU":  # accelerate starts one process where there is no accelerator
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     settings |= {"use_cpu": True, "num_processes": processes}
     if settings["distributed_type"] != "DEEPSPEED":  # it trains in bfloat16, and must agree with `Trainer` on that
         settings["mixed_precision"] = "no"
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(settings))
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    return [*launcher, "--config_file", str(tmp_path / "accelerate.yaml")]
 
 
 SHORT = ["--num_simulated_notes", "200", "--eval_steps", "2", "--save_steps", "2", "--use_cpu", "true"]
@@ -284,7 +285,9 @@ def test_every_way_of_distribution_trains_goes_on_and_measures(name: str, proces
 
 
 def start_two(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train/run.py", *options]
+    # --standalone: on a free port, as another test may be at work.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train/run.py"]
+    command += options
     command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--eval_untrained", "false"]
     command += ["--num_simulated_notes", "200", "--per_device_train_batch_size", "4"]
     environment = ON_PROCESSORS | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
