@@ -9,6 +9,7 @@ the pool, and memory is one tile of scores, whatever the number of notes.
 `rank_related` does the work once; every metric, of all queries or of some, is read off the ranks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -208,6 +209,9 @@ def _ranks_of_embeds(
         raise ValueError(
             f"The embedding of note {int(finite.argmin())} contains NaN or infinity: check it before evaluating."
         )
+    largest = max(float(embeds.max()), -float(embeds.min()))
+    if largest and not 2.0**-30 < largest < 2.0**30:  # their products could leave float32's range
+        embeds = np.ldexp(embeds.astype(np.float64), -math.frexp(largest)[1])
     vectors = torch.from_numpy(np.ascontiguousarray(embeds, dtype=np.float32))
     columns = torch.from_numpy(np.flatnonzero(is_candidate))
     pool = vectors if len(columns) == len(vectors) else vectors[columns]

@@ -485,7 +485,13 @@ def evaluate_named_model(
     findings.add(own, test.task)
     ranks = {one.system.modality: one.ranks for one in findings.measured if one.system.name == name}
     sees_all = "both" in ranks and {one.modality for one in own} == set(MODALITIES)
-    if options.reliance and sees_all and has_two_of_each(test.notes):
+    sees_images = model.config.vision_config is not None and any(map(has_image, test.notes))
+    if options.reliance and sees_images and not (sees_all and has_two_of_each(test.notes)):
+        findings.notices.append(
+            f"What {name} relies on was not measured: it needs --modalities both text image, and two notes with a "
+            "text and two with an image."
+        )
+    elif options.reliance and sees_images:
         with findings.noting_failures(f"What {name} relies on"):
             findings.reliances[name] = reliance(
                 model,
@@ -500,7 +506,11 @@ def evaluate_named_model(
                 ranks=ranks,
                 seed=options.seed,
             )
-    if options.attention_pairs and isinstance(model, NoteLLM2Model) and model.connector is not None:
+    shows_images = isinstance(model, NoteLLM2Model) and model.connector is not None
+    if options.attention_pairs and not shows_images:
+        why = "it has no visual tokens" if isinstance(model, NoteLLM2Model) else "it is no NoteLLM-2"
+        findings.notices.append(f"Where {name} looks was not measured: {why}.")
+    elif options.attention_pairs:
         logger.info("%s: attention", name)
         with findings.noting_failures(f"Where {name} looks"):
             findings.curves[name] = attention_curves(
@@ -659,8 +669,12 @@ def build_parser() -> argparse.ArgumentParser:
         "others; paper: one related note a query, queries are not in the pool",
     )
     encoders = parser.add_argument_group("what baselines are made of")
-    encoders.add_argument("--text-encoder", metavar="PATH", help="sentence-transformers model of *-text and head-both")
-    encoders.add_argument("--vision", metavar="PATH", help="vision tower of *-image, head-both and head-llm-both")
+    encoders.add_argument(
+        "--text-encoder", metavar="PATH", help="sentence-transformers model of frozen-text, head-text, head-both"
+    )
+    encoders.add_argument(
+        "--vision", metavar="PATH", help="vision tower of frozen-image and head-image, -both, -llm-both"
+    )
     encoders.add_argument("--clip", metavar="PATH", help="dual encoder, such as CLIP or SigLIP, of clip-*")
     encoders.add_argument("--llm", metavar="PATH", help="decoder LLM of zero-shot-llm, head-llm and head-llm-both")
     encoders.add_argument("--language", choices=get_args(Language), default="en", help="of the prompt that --llm reads")
@@ -680,7 +694,8 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--compare-to",
         metavar="NAME",
-        help="the row that others are tested against: a name, or 'NAME (text)'; else the first row of the first model",
+        help="the row that others are tested against: a name, or 'NAME (text)'; else the first row of the first model, "
+        "of --zero-shot-multimodal-llm if there is one",
     )
     how.add_argument(
         "--reliance",

@@ -36,6 +36,24 @@ def test_shared_rare_words_rank_first(scores_of: Callable[[Sequence[str]], Score
     np.testing.assert_array_equal(scores_of(texts)(np.array([2, 3])), scores[2:4])
 
 
+def test_bm25_is_lucenes_formula() -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcdefgh花瓶"), size=rng.integers(1, 12))) for _ in range(30)]
+    counts = [Counter(tokenize(text)) for text in texts]
+    holding = Counter(word for count in counts for word in count)
+    mean = sum(count.total() for count in counts) / 30
+
+    def score(query: Counter[str], note: Counter[str], b: float) -> float:
+        length = 1 - b + b * note.total() / mean
+        rarity = {word: math.log(1 + (30 - holding[word] + 0.5) / (holding[word] + 0.5)) for word in query}
+        return sum(times * rarity[word] * note[word] / (note[word] + 1.5 * length) for word, times in query.items())
+
+    scores = bm25_scores(texts)(np.arange(30))
+    for b, is_it in ((0.75, True), (0.0, False)):  # the control: lengths do not count
+        expected = np.array([[score(query, note, b) for note in counts] for query in counts])
+        assert np.allclose(scores, expected, atol=1e-5) == is_it
+
+
 def test_texts_without_words() -> None:
     assert not bm25_scores(["", "!"])(np.arange(2)).any()
     with pytest.raises(ValueError, match="No note has a word: check the table's columns"):

@@ -222,6 +222,19 @@ def test_bad_scores_and_cuts_are_refused() -> None:
         retrieval_metrics(np.eye(2), related, chunk_size=0)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-24, 1e19, 1e39, 1e300])
+def test_lengths_of_embeddings_make_no_difference(scale: float) -> None:
+    """Products of numbers that float32 holds, or those themselves, may be more than it holds."""
+    rng = np.random.default_rng(0)
+    embeds = rng.normal(size=(40, 8))
+    related = [rng.choice(np.delete(np.arange(40), note), 3, replace=False) for note in range(40)]
+    expected = retrieval_metrics(embeds, related, (5,))
+    assert 0 < expected["recall@5"] < 1
+    assert retrieval_metrics(embeds * scale, related, (5,)) == pytest.approx(expected, abs=1e-12)
+    longer = np.where(np.arange(40)[:, None] % 2, embeds, 3 * embeds)  # control: each its own length
+    assert retrieval_metrics(longer * scale, related, (5,)) != pytest.approx(expected, abs=1e-3)
+
+
 def test_arguments_of_another_kind_are_refused_by_name() -> None:
     related = [np.array([1]), np.array([0])]
     with pytest.raises(TypeError, match=r"score is a list: give an \(N, D\) NumPy array"):

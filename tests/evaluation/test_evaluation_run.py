@@ -505,6 +505,15 @@ def test_a_model_without_images_to_read_is_measured_on_its_text_and_it_is_said(f
     assert "What to know of the rows" not in sections_of(folder)
 
 
+def test_what_was_asked_for_and_not_measured_is_said(folder: Path, stub: None) -> None:
+    run.main(arguments(folder, "--model", "stub=x", "--modalities", "both", "text", "--attention-pairs", "4"))
+    relies, looks = sections_of(folder)["What to know of the rows"]["text"]
+    assert relies.startswith("What stub relies on was not measured: it needs --modalities both text image")
+    assert looks == "Where stub looks was not measured: it is no NoteLLM-2."
+    run.main(arguments(folder, "--model", "stub=x", "--modalities", "both", "text", "--no-reliance"))  # control
+    assert "What to know of the rows" not in sections_of(folder)
+
+
 def test_one_query_says_so_in_place_of_tests_and_slices(folder: Path, stub: None) -> None:
     pairs = {"note_id": ["n1"], "related_note_id": ["n6"], "score": [1.0], "rank": [1]}
     Dataset.from_dict(pairs).to_parquet(folder / "one.parquet")

@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModel, LlamaConfig, TrainerState
 
+from hub.tiny_backbones import save_tiny_vision_tower
 from hub.verify import verify
 from pairs.query import PairOptions
 from pairs.split import SplitOptions, load_split, make_splits
@@ -61,6 +62,7 @@ def test_every_recipe_trains_a_step(
     config: Path,
     world_folder: Path,
     backbones: tuple[Path, Path],
+    llm_folder: Callable[[str], Path],
     multimodal_llm_folder: Callable[[str], Path],
     tmp_path: Path,
 ):
@@ -70,13 +72,21 @@ def test_every_recipe_trains_a_step(
     if "multimodal_llm" in settings:
         parts = ["--multimodal_llm", str(multimodal_llm_folder(MULTIMODAL_LLMS[config.stem]))]
     else:
-        parts = ["--num_text_layers", "1", "--llm", str(backbones[0])]
+        llm, tower = backbones
+        if config.stem.startswith("mqwen"):
+            llm = llm_folder("qwen2")
+        if config.stem.startswith("mqwen_bigg"):  # its tower is wider than the others'
+            tower = save_tiny_vision_tower(tmp_path / "wide", 24, 64)
+        parts = ["--num_text_layers", "1", "--llm", str(llm)]
         if settings.get("vision") != "":  # the text-only recipe has none
-            parts += ["--vision", str(backbones[1])]
+            parts += ["--vision", str(tower)]
     main([str(config), *FAST, *data, *parts, *options, "--output_dir", str(output), "--max_steps", "1"])
     model = AutoModel.from_pretrained(output)
     embeds = model.encode([{"title": "one"}, {"title": "two"}])
     assert np.isfinite(embeds).all() and np.abs(embeds[0] - embeds[1]).max() > 0
+    if config.stem.startswith("mqwen"):
+        assert model.config.text_config.model_type == "qwen2"
+        assert model.config.vision_config.hidden_size == (64 if "bigg" in config.stem else 32)
     rows = json.loads((output / "report" / "report.json").read_text())["rows"]
     modalities = {"both", "text", "image"} if model.config.has_vision else {"text"}
     assert {row["modality"] for row in rows if row["system"] == "trained"} == modalities

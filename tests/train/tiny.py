@@ -3,9 +3,11 @@
 import os
 import socket
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import multiprocessing
 from transformers import set_seed
@@ -69,11 +71,17 @@ def build_trainer(
 
 
 def run_processes(processes: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Run a function of a module in several processes that can talk to each other (gloo, on the CPU)."""
+    """Run a function of a module in several processes that can talk to each other (gloo, on the CPU).
+
+    They are forked from a server that has imported the libraries, which takes longer than most of what they do.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_enter, (processes, port, function, arguments), nprocs=processes)
+    get_context("forkserver").set_forkserver_preload(["tests.train.tiny"])
+    multiprocessing.start_processes(
+        _enter, (processes, port, function, arguments), nprocs=processes, start_method="forkserver"
+    )
 
 
 def _enter(rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -83,7 +91,7 @@ def _enter(rank: int, processes: int, port: int, function: Callable[..., None], 
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
+    torch.set_num_threads(1)
     function(*arguments)
