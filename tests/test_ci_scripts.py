@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Run:
             write(tmp_path / ".ci" / other, f"echo step {other}")
         steps = {step: f"echo step {step}" for step in STEPS}
         # All that can be found is here: none of this machine's own programs but these.
-        for name in ("bash", "cat", "dirname", "env", "grep", "id", "ln", "mkdir", "mktemp", "rm"):
+        for name in ("bash", "cat", "dirname", "env", "grep", "id", "ln", "mkdir", "mktemp", "rm", "timeout"):
             (bin_folder / name).symlink_to(str(shutil.which(name)))
         for name, text in {"java": 'echo version \\"17.0\\" >&2', "python3": ":", **steps, **stand_ins}.items():
             if text is not None:
@@ -100,7 +100,7 @@ def test_what_is_not_audited_is_said(run: Run, curl: str | None, said: str) -> N
     assert said in finished.stdout
 
 
-def lowest(run: Run, tmp_path: Path, error: str) -> subprocess.CompletedProcess[str]:
+def lowest(run: Run, tmp_path: Path, error: str, status: int = 1) -> subprocess.CompletedProcess[str]:
     """.ci/lowest, where pip has this error when it installs torch; none if it is empty."""
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements" / "lowest.txt").write_text("# oldest\nruff==1\ntorch==2\nnvidia-x-cu1==3\npeft==4\n")
@@ -108,7 +108,7 @@ def lowest(run: Run, tmp_path: Path, error: str) -> subprocess.CompletedProcess[
     its = ("made", "its packages/nvidia/left")
     for folder in (*its, "at hand/torch", "at hand/torch-2.14.dist-info", "at hand/nvidia", "at hand/peft"):
         (tmp_path / folder).mkdir(parents=True)
-    fails = f'echo "{error}" >&2; exit 1' if error else ":"
+    fails = f'echo "{error}" >&2; exit {status}' if error else ":"
     sources = {
         "pip": f'case "$*" in *install*torch.txt) {fails};; esac; echo "pip $*"',
         "python": f'case "$*" in *sysconfig*) echo "{tmp_path}/its packages";; *) echo "python $*";; esac',
@@ -149,6 +149,12 @@ def test_a_torch_that_an_index_does_not_give_is_said(run: Run, tmp_path: Path, e
     assert error.splitlines()[0] in finished.stderr and "uninstall" not in finished.stdout
     # Nothing else of the active environment stands in for an oldest release.
     assert names(tmp_path / "its packages") == {"torch", "torch-2.14.dist-info", "nvidia"}
+
+
+def test_a_torch_that_takes_too_long_is_given_up(run: Run, tmp_path: Path) -> None:
+    finished = lowest(run, tmp_path, "killed", status=124)  # of `timeout`
+    assert finished.returncode == 0, finished.stderr
+    assert "NOT THE OLDEST TORCH" in finished.stdout and "pytest -n auto tests/modeling" in finished.stdout
 
 
 @pytest.mark.parametrize("error", ["ERROR: hash mismatch", "WARNING: Connection broken, retrying\nERROR: disk full"])
