@@ -209,7 +209,7 @@ def _ranks_of_embeds(
         raise ValueError(
             f"The embedding of note {int(finite.argmin())} contains NaN or infinity: check it before evaluating."
         )
-    largest = max(float(embeds.max()), -float(embeds.min()))
+    largest = max(float(embeds.max(initial=0)), -float(embeds.min(initial=0)))
     if largest and not 2.0**-30 < largest < 2.0**30:  # their products could leave float32's range
         embeds = np.ldexp(embeds.astype(np.float64), -math.frexp(largest)[1])
     vectors = torch.from_numpy(np.ascontiguousarray(embeds, dtype=np.float32))

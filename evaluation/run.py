@@ -488,8 +488,8 @@ def evaluate_named_model(
     sees_images = model.config.vision_config is not None and any(map(has_image, test.notes))
     if options.reliance and sees_images and not (sees_all and has_two_of_each(test.notes)):
         findings.notices.append(
-            f"What {name} relies on was not measured: it needs --modalities both text image, and two notes with a "
-            "text and two with an image."
+            f"What {name} relies on was not measured: it needs --modalities both text image, a row of each, and two "
+            "notes with a text and two with an image."
         )
     elif options.reliance and sees_images:
         with findings.noting_failures(f"What {name} relies on"):
